@@ -1,0 +1,1 @@
+"""Emulated devices: registers compiled, behaviour in Python."""

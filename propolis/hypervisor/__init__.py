@@ -1,0 +1,1 @@
+"""Hypervisor back ends: KVM on Linux, replay everywhere, bhyve on illumos."""
