@@ -1,0 +1,30 @@
+"""Explicitly ordered access to shared memory; see atomic.h."""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef extern from "atomic.h" nogil:
+    uint8_t ld8_rlx(const void *p)
+    uint16_t ld16_rlx(const void *p)
+    uint32_t ld32_rlx(const void *p)
+    uint64_t ld64_rlx(const void *p)
+    uint8_t ld8_acq(const void *p)
+    uint16_t ld16_acq(const void *p)
+    uint32_t ld32_acq(const void *p)
+    uint64_t ld64_acq(const void *p)
+    void st8_rlx(void *p, uint8_t v)
+    void st16_rlx(void *p, uint16_t v)
+    void st32_rlx(void *p, uint32_t v)
+    void st64_rlx(void *p, uint64_t v)
+    void st8_rel(void *p, uint8_t v)
+    void st16_rel(void *p, uint16_t v)
+    void st32_rel(void *p, uint32_t v)
+    void st64_rel(void *p, uint64_t v)
+    void *ldptr_acq(void **p)
+    void stptr_rel(void **p, void *v)
+    uint32_t or32_seq(void *p, uint32_t v)
+    uint64_t or64_seq(void *p, uint64_t v)
+    uint32_t swap32_seq(void *p, uint32_t v)
+    uint64_t swap64_seq(void *p, uint64_t v)
+    uint64_t add64_rlx(void *p, uint64_t v)
+    bint cas32_seq(void *p, uint32_t expected, uint32_t desired)
+    void fence_seq()

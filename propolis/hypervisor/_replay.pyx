@@ -1,0 +1,217 @@
+"""A hypervisor made of a script: the run loop, the buses and every device are tested where there is no KVM.
+
+A script is a list of exits. Interrupts that devices raise are recorded instead of delivered.
+"""
+
+cimport cython
+from libc.errno cimport EINVAL
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+from propolis._atomic cimport ld32_acq, st32_rel
+from propolis._posix cimport (
+    pthread_cond_destroy,
+    pthread_cond_init,
+    pthread_cond_signal,
+    pthread_cond_t,
+    pthread_cond_wait,
+    pthread_mutex_destroy,
+    pthread_mutex_init,
+    pthread_mutex_lock,
+    pthread_mutex_t,
+    pthread_mutex_unlock,
+)
+from propolis._vmm cimport (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_MMIO,
+    EXIT_PIO,
+    EXIT_RETRY,
+    EXIT_SHUTDOWN,
+    Vcpu,
+    Vm,
+)
+
+from propolis.errors import HypervisorError
+
+cdef enum:
+    MAX_RECORDS = 4096
+
+cdef struct Step:
+    int kind
+    bint is_write
+    uint32_t size
+    uint32_t count
+    uint64_t address
+    uint8_t data[64]
+
+cdef struct Interrupt:
+    uint64_t address  # of an MSI; for a line, its input
+    uint32_t data     # of an MSI; for a line, its level
+    bint is_msi
+
+
+cdef class ReplayVm(Vm):
+    """A machine without a processor. Records up to 4096 interrupts; later ones are counted only."""
+
+    cdef Interrupt records[MAX_RECORDS]  # under: irq_lock for lines, record_lock for all
+    cdef uint32_t recorded
+    cdef pthread_mutex_t record_lock
+    cdef int32_t next_gsi
+
+    def __init__(self) -> None:
+        pthread_mutex_init(&self.record_lock, NULL)
+        self.next_gsi = 24
+
+    cdef void _record(self, bint is_msi, uint64_t address, uint32_t data) noexcept nogil:
+        pthread_mutex_lock(&self.record_lock)
+        if self.recorded < MAX_RECORDS:
+            self.records[self.recorded] = Interrupt(address=address, data=data, is_msi=is_msi)
+        self.recorded += 1
+        pthread_mutex_unlock(&self.record_lock)
+
+    cdef int set_irq(self, uint32_t gsi, bint level) noexcept nogil:
+        self._record(False, gsi, level)
+        return 0
+
+    cdef int signal_msi(self, uint64_t address, uint32_t data) noexcept nogil:
+        self._record(True, address, data)
+        return 0
+
+    cdef int route_msi(self, int32_t gsi, uint64_t address, uint32_t data) noexcept nogil:
+        if gsi == -1:
+            gsi = self.next_gsi
+            self.next_gsi += 1
+        return gsi
+
+    cdef int assign_irqfd(self, int fd, int32_t gsi, bint assign) noexcept nogil:
+        return 0 if gsi >= 24 else -EINVAL
+
+    def take_interrupts(self) -> list:
+        """What was raised since the last call: ("line", input, level) or ("msi", address, data)."""
+        cdef uint32_t i = 0
+        found = []
+        pthread_mutex_lock(&self.record_lock)
+        while i < self.recorded and i < MAX_RECORDS:
+            kind = "msi" if self.records[i].is_msi else "line"
+            found.append((kind, self.records[i].address, self.records[i].data))
+            i += 1
+        self.recorded = 0
+        pthread_mutex_unlock(&self.record_lock)
+        return found
+
+    def line_level(self, pin: int) -> bool:
+        """Whether any line holds this input of the interrupt controllers up."""
+        if not 0 <= pin < 24:
+            raise ValueError(f"no input {pin}")
+        return self.asserted[pin] != 0
+
+    def close(self) -> None:
+        """Gives back guest memory."""
+        self.memory.close()
+
+
+@cython.no_gc_clear
+cdef class ReplayVcpu(Vcpu):
+    """A vCPU whose exits come from a script, run `rounds` times; then it idles until it is kicked.
+
+    Steps: ("out", port, size, value), ("in", port, size), ("write", gpa, size, value), ("read", gpa, size),
+    ("outs", port, size, bytes), ("ins", port, size, count), ("retry",), ("shutdown",), ("fail", reason).
+    """
+
+    cdef Step *steps
+    cdef uint32_t length
+    cdef uint32_t position
+    cdef uint64_t rounds
+    cdef uint32_t immediate_exit
+    cdef pthread_mutex_t idle_lock
+    cdef pthread_cond_t kicked
+
+    def __cinit__(self, Vm vm, index: int, on_event, script: list, rounds: int = 1) -> None:
+        kinds = {
+            "out": (EXIT_PIO, True), "in": (EXIT_PIO, False), "outs": (EXIT_PIO, True), "ins": (EXIT_PIO, False),
+            "write": (EXIT_MMIO, True), "read": (EXIT_MMIO, False), "retry": (EXIT_RETRY, False),
+            "shutdown": (EXIT_SHUTDOWN, False), "fail": (EXIT_FAILED, False),
+        }
+        cdef Step *step
+        cdef bytes payload
+        pthread_mutex_init(&self.idle_lock, NULL)
+        pthread_cond_init(&self.kicked, NULL)
+        self.steps = <Step *>calloc(len(script) + 1, sizeof(Step))
+        if self.steps == NULL:
+            raise MemoryError
+        for entry in script:
+            step = &self.steps[self.length]
+            name = entry[0]
+            if name not in kinds:
+                raise HypervisorError(f"replay: unknown step {name!r}")
+            step.kind, step.is_write = kinds[name]
+            step.count = 1
+            if name == "fail":
+                step.address = entry[1]
+            elif step.kind in (EXIT_PIO, EXIT_MMIO):
+                step.address = entry[1]
+                step.size = entry[2]
+                payload = b""
+                if name in ("out", "write"):
+                    payload = int(entry[3]).to_bytes(8, "little")
+                elif name == "outs":
+                    payload = entry[3]
+                    step.count = <uint32_t>(len(payload) // step.size)
+                elif name == "ins":
+                    step.count = entry[3]
+                if step.size * step.count > 64:
+                    raise HypervisorError("replay: a step holds 64 bytes")
+                memcpy(step.data, <const char *>payload, len(payload))
+            self.length += 1
+        self.rounds = rounds
+
+    def __dealloc__(self) -> None:
+        free(self.steps)
+        pthread_mutex_destroy(&self.idle_lock)
+        pthread_cond_destroy(&self.kicked)
+
+    cdef void set_immediate_exit(self, bint on) noexcept nogil:
+        pthread_mutex_lock(&self.idle_lock)
+        st32_rel(&self.immediate_exit, on)
+        pthread_cond_signal(&self.kicked)
+        pthread_mutex_unlock(&self.idle_lock)
+
+    cdef int enter(self) noexcept nogil:
+        cdef Step *step
+        if ld32_acq(&self.immediate_exit):
+            return EXIT_INTERRUPTED
+        if self.position == self.length:
+            if self.rounds > 1:
+                self.rounds -= 1
+                self.position = 0
+            if self.position == self.length:
+                pthread_mutex_lock(&self.idle_lock)
+                while not self.immediate_exit:
+                    pthread_cond_wait(&self.kicked, &self.idle_lock)
+                pthread_mutex_unlock(&self.idle_lock)
+                return EXIT_INTERRUPTED
+        step = &self.steps[self.position]
+        self.position += 1
+        self.exit.data = step.data
+        self.exit.address = step.address
+        self.exit.size = step.size
+        self.exit.count = step.count
+        self.exit.is_write = step.is_write
+        self.exit.reason = <uint32_t>step.address
+        return step.kind
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the whole script, with all its rounds, has run."""
+        return self.position == self.length and self.rounds <= 1
+
+    def results(self) -> list:
+        """What each reading step got in its last round: an int, or bytes of a string instruction."""
+        found = []
+        for i in range(self.length):
+            if self.steps[i].kind in (EXIT_PIO, EXIT_MMIO) and not self.steps[i].is_write:
+                data = bytes(self.steps[i].data[:self.steps[i].size * self.steps[i].count])
+                found.append(int.from_bytes(data, "little") if self.steps[i].count == 1 else data)
+        return found
