@@ -1,0 +1,46 @@
+"""Direct boot: tells what kind of kernel it was given, loads it with its companions, says how to enter it."""
+
+from collections.abc import Iterable
+
+from propolis.firmware import linux
+from propolis.firmware.entry import Entry
+from propolis.firmware.image import BinaryFile, ImageFile
+from propolis.firmware.memory import Memory
+
+_COMPRESSED = (
+    (b"\x1f\x8b", "gzip"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"BZh", "bzip2"),
+    (b"\x04\x22\x4d\x18", "lz4"),
+    (b"\x02\x21\x4c\x18", "lz4"),
+)
+
+
+def load(
+    memory: Memory,
+    memory_size: int,
+    kernel: BinaryFile,
+    *,
+    initrd: BinaryFile | None = None,
+    cmdline: str = "",
+    rsdp: int = 0,
+    tables: Iterable[tuple[int, bytes]] = (),
+) -> Entry:
+    """Loads everything into `memory` and returns how the boot processor starts.
+
+    `tables` are placed ACPI tables as (address, content), `rsdp` the address of their root. May be called again on
+    the same memory for a reboot: it relies on nothing that the guest may have left there.
+    """
+    kernel_file = ImageFile("kernel", kernel)
+    initrd_file = ImageFile("initrd", initrd) if initrd is not None else None
+    head = kernel_file.read(0, linux.HEADER_MAX_END)
+    for magic, name in _COMPRESSED:
+        if head.startswith(magic):
+            raise kernel_file.error("magic", f"{name}-compressed, expected a bzImage or an ELF file as it is")
+    if head[0x1FE:0x200] != b"\x55\xaa" and head[0x202:0x206] != b"HdrS":
+        raise kernel_file.error("magic", "neither a bzImage (boot_flag at 0x1fe) nor an ELF file")
+    loaded = linux.load(memory, memory_size, kernel_file, initrd_file, cmdline, rsdp)
+    for gpa, content in tables:
+        memory.write(gpa, content)
+    return loaded
