@@ -1,0 +1,1 @@
+"""The `propolis-cli` command; installed as the package `propolis_cli`."""
