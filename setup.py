@@ -72,7 +72,6 @@ if __name__ == "__main__":
                 "wraparound": checked,
                 "initializedcheck": checked,
                 "linetrace": flavour == "trace",
-                "warn.undeclared": True,
                 "warn.maybe_uninitialized": True,
                 "warn.unused": True,
             },
