@@ -1,0 +1,281 @@
+"""What a VM is: its board, processors, memory, devices and what stands behind them.
+
+A `Spec` that exists is a valid one: it checks itself when it is made, whoever makes it (a TOML file, the API, a test),
+and raises one `SpecError` that lists everything wrong with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from propolis.errors import ConfigError
+
+MAX_CPUS = 64
+MIN_MEMORY_MIB = 16
+MAX_MEMORY_MIB = 1 << 20
+HUGE_PAGE_MIB = 2
+BLOCK_SIZES = (512, 2048, 4096)
+MAX_BLOCK_QUEUES = 16
+MAX_BLOCK_WORKERS = 32
+SERIAL_BYTES = 20  # VIRTIO_BLK_ID_BYTES, virtio 1.2 §5.2.6
+MAX_NAME = 64
+MAX_CMDLINE = 65535
+SERIAL_PORTS = (1, 2, 3, 4)
+
+HypervisorInterface = Literal["kvm", "bhyve", "none"]
+MemoryBacking = Literal["anonymous", "memfd", "hugetlb"]
+
+_NAME_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
+NAME_RULE = f"1 to {MAX_NAME} of the characters A-Z a-z 0-9 . _ - that do not begin with '.' or '-'"
+
+
+class Problem(NamedTuple):
+    """One thing wrong with a Spec: the path of the field from its root, and what was expected there."""
+
+    where: tuple[str | int, ...]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{'.'.join(map(str, self.where))}: {self.message}"
+
+
+class SpecError(ConfigError):
+    """A Spec that does not hold together; `problems` has one entry for each line of the message."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("\n".join(map(str, problems)))
+        self.problems = problems
+
+
+class PciPath(msgspec.Struct, frozen=True, order=True):
+    """Where a function sits on the PCI bus, written "bus.device.function" in decimal."""
+
+    bus: int
+    device: int
+    function: int
+
+    @classmethod
+    def parse(cls, text: str) -> PciPath:
+        """Read "0.4.0"; ValueError says what was expected."""
+        parts = text.split(".")
+        if len(parts) != 3 or not all(part.isascii() and part.isdigit() and len(part) <= 3 for part in parts):
+            raise ValueError('expected a PCI path "bus.device.function" in decimal, such as "0.4.0"')
+        path = cls(*map(int, parts))
+        if wrong := path.range_problem():
+            raise ValueError(wrong)
+        return path
+
+    def range_problem(self) -> str | None:
+        """What is wrong with the numbers themselves, if anything."""
+        if self.bus != 0:
+            return f"PCI bus {self.bus} does not exist: expected bus 0"
+        if not 0 <= self.device <= 31:
+            return f"PCI device {self.device} does not exist: expected 0 to 31"
+        if not 0 <= self.function <= 7:
+            return f"PCI function {self.function} does not exist: expected 0 to 7"
+        return None
+
+    def __str__(self) -> str:
+        return f"{self.bus}.{self.device}.{self.function}"
+
+
+BOARD_FUNCTIONS = {
+    PciPath(0, 0, 0): "the host bridge",
+    PciPath(0, 1, 0): "the ISA bridge",
+    PciPath(0, 1, 3): "the power management function",
+}
+
+
+class DirectBoot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="direct"):
+    """Start a kernel that the VMM itself puts into memory."""
+
+    kernel: str
+    initrd: str | None = None
+    cmdline: str = ""
+
+
+class FirmwareBoot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="firmware"):
+    """Start firmware from the top of the address space and let it find a system."""
+
+    bootrom: str
+
+
+Boot = DirectBoot | FirmwareBoot
+
+
+class VirtioBlock(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="virtio-block"):
+    """A virtio disk; `serial` is what the guest reads as its ID, the device's name where none is given."""
+
+    name: str
+    backend: str
+    pci_path: PciPath
+    queues: int = 1
+    serial: str | None = None
+
+
+class Pvpanic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="pvpanic"):
+    """The port where a guest reports its own panic; without `enable_isa` it is named but not attached."""
+
+    name: str
+    enable_isa: bool = False
+
+
+Device = VirtioBlock | Pvpanic
+
+
+class FileBlock(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="file"):
+    """A raw image file; with `skip_flush` a flush of the guest is answered without reaching the disk."""
+
+    path: str
+    readonly: bool = False
+    block_size: int = 512
+    skip_flush: bool = False
+    workers: int = 8
+
+
+Backend = FileBlock
+
+
+class SerialPort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One of the four COM ports."""
+
+    number: int
+
+
+class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything needed to build one VM."""
+
+    name: str
+    cpus: int
+    memory_mib: int
+    boot: Boot
+    memory_backing: MemoryBacking = "anonymous"
+    hypervisor_interface: HypervisorInterface = "kvm"
+    devices: tuple[Device, ...] = ()
+    backends: dict[str, Backend] = {}
+    serial_ports: tuple[SerialPort, ...] = tuple(SerialPort(number=number) for number in SERIAL_PORTS)
+    exit_on_halt: int = 0
+    exit_on_reboot: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = [*_board_problems(self), *_boot_problems(self.boot), *_device_problems(self)]
+        for name, backend in self.backends.items():
+            problems += _backend_problems(name, backend)
+        if problems:
+            raise SpecError(problems)
+
+
+def is_name(text: str) -> bool:
+    """Whether a VM may be called this: names become file names, so they are kept plain."""
+    return 0 < len(text) <= MAX_NAME and text[0] not in ".-" and _NAME_CHARACTERS.issuperset(text)
+
+
+def _board_problems(spec: Spec) -> Iterator[Problem]:
+    if not is_name(spec.name):
+        yield Problem(("name",), f"{spec.name!r} cannot name a VM: expected {NAME_RULE}")
+    if not 1 <= spec.cpus <= MAX_CPUS:
+        yield Problem(("cpus",), f"expected 1 to {MAX_CPUS} CPUs, not {spec.cpus}")
+    if not MIN_MEMORY_MIB <= spec.memory_mib <= MAX_MEMORY_MIB:
+        wanted = f"expected {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB} MiB"
+        yield Problem(("memory_mib",), f"{wanted}, not {spec.memory_mib}")
+    elif spec.memory_backing == "hugetlb" and spec.memory_mib % HUGE_PAGE_MIB:
+        wanted = f"expected a multiple of {HUGE_PAGE_MIB} MiB, because the memory is of huge pages"
+        yield Problem(("memory_mib",), f"{wanted}, not {spec.memory_mib}")
+    for field, status in (("exit_on_halt", spec.exit_on_halt), ("exit_on_reboot", spec.exit_on_reboot)):
+        if status is not None and not 0 <= status <= 255:
+            yield Problem((field,), f"expected an exit status from 0 to 255, not {status}")
+    taken: set[int] = set()
+    for index, port in enumerate(spec.serial_ports):
+        where = ("serial_ports", index, "number")
+        if port.number not in SERIAL_PORTS:
+            yield Problem(where, f"COM{port.number} does not exist: expected 1 to 4")
+        elif port.number in taken:
+            yield Problem(where, f"COM{port.number} is given twice")
+        taken.add(port.number)
+
+
+def _boot_problems(boot: Boot) -> Iterator[Problem]:
+    if isinstance(boot, FirmwareBoot):
+        yield from _path_problems(("boot", "bootrom"), boot.bootrom)
+        return
+    yield from _path_problems(("boot", "kernel"), boot.kernel)
+    if boot.initrd is not None:
+        yield from _path_problems(("boot", "initrd"), boot.initrd)
+    if "\0" in boot.cmdline or "\n" in boot.cmdline:
+        yield Problem(("boot", "cmdline"), "expected a kernel command line without NUL or newline")
+    elif len(boot.cmdline.encode(errors="surrogatepass")) > MAX_CMDLINE:
+        yield Problem(("boot", "cmdline"), f"expected a kernel command line of at most {MAX_CMDLINE} bytes")
+
+
+def _device_problems(spec: Spec) -> Iterator[Problem]:
+    """What is wrong with the devices: alone, and beside each other."""
+    names: set[str] = set()
+    owners: dict[PciPath, str] = {}
+    users: dict[str, str] = {}
+    panic: str | None = None
+    present = {device.pci_path for device in spec.devices if isinstance(device, VirtioBlock)} | BOARD_FUNCTIONS.keys()
+    for index, device in enumerate(spec.devices):
+        if wrong := _label_problem(device.name):
+            yield Problem(("devices", index, "name"), wrong)
+        elif device.name in names:
+            yield Problem(("devices", index, "name"), f"a second device is named {device.name!r}")
+        names.add(device.name)
+        if isinstance(device, Pvpanic):
+            if panic is not None:
+                yield Problem(("devices", index), f"a VM has at most one pvpanic, and {panic!r} is it")
+            panic = panic or device.name
+            continue
+        if wrong := device.pci_path.range_problem() or _conflict(device.pci_path, owners):
+            yield Problem(("devices", index, "pci_path"), wrong)
+        elif device.pci_path.function and _function_zero(device.pci_path) not in present:
+            wrong = f"a guest does not look at PCI path {device.pci_path} unless {_function_zero(device.pci_path)} is there"
+            yield Problem(("devices", index, "pci_path"), wrong)
+        owners.setdefault(device.pci_path, device.name)
+        if device.backend not in spec.backends:
+            yield Problem(("devices", index, "backend"), f"there is no block backend {device.backend!r}")
+        elif (user := users.setdefault(device.backend, device.name)) != device.name:
+            wrong = f"block backend {device.backend!r} is already used by device {user!r}"
+            yield Problem(("devices", index, "backend"), wrong)
+        if not 1 <= device.queues <= MAX_BLOCK_QUEUES:
+            yield Problem(("devices", index, "queues"), f"expected 1 to {MAX_BLOCK_QUEUES} queues, not {device.queues}")
+        if (serial := device.serial) is not None and not (serial.isascii() and 0 < len(serial) <= SERIAL_BYTES):
+            yield Problem(("devices", index, "serial"), f"expected 1 to {SERIAL_BYTES} ASCII characters")
+
+
+def _function_zero(path: PciPath) -> PciPath:
+    return PciPath(path.bus, path.device, 0)
+
+
+def _conflict(path: PciPath, owners: dict[PciPath, str]) -> str | None:
+    if board := BOARD_FUNCTIONS.get(path):
+        return f"PCI path {path} belongs to {board} of the board"
+    if (owner := owners.get(path)) is not None:
+        return f"PCI path {path} is already taken by device {owner!r}"
+    return None
+
+
+def _backend_problems(name: str, backend: Backend) -> Iterator[Problem]:
+    where = ("backends", name)
+    if wrong := _label_problem(name):
+        yield Problem(where, wrong)
+    yield from _path_problems((*where, "path"), backend.path)
+    if backend.block_size not in BLOCK_SIZES:
+        wanted = ", ".join(map(str, BLOCK_SIZES))
+        yield Problem((*where, "block_size"), f"expected one of {wanted}, not {backend.block_size}")
+    if not 1 <= backend.workers <= MAX_BLOCK_WORKERS:
+        yield Problem((*where, "workers"), f"expected 1 to {MAX_BLOCK_WORKERS} workers, not {backend.workers}")
+
+
+def _label_problem(name: str) -> str | None:
+    """Devices and backends are only ever named in messages and by each other, so most names will do."""
+    if 0 < len(name) <= MAX_NAME and name.isprintable():
+        return None
+    return f"{name[:MAX_NAME]!r} cannot name a device or backend: expected 1 to {MAX_NAME} printable characters"
+
+
+def _path_problems(where: tuple[str | int, ...], path: str) -> Iterator[Problem]:
+    if not path or "\0" in path:
+        yield Problem(where, "expected the path of a file")
