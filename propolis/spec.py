@@ -6,12 +6,14 @@ and raises one `SpecError` that lists everything wrong with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
 from propolis.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MAX_CPUS = 64
 MIN_MEMORY_MIB = 16
@@ -230,8 +232,8 @@ def _device_problems(spec: Spec) -> Iterator[Problem]:
             continue
         if wrong := device.pci_path.range_problem() or _conflict(device.pci_path, owners):
             yield Problem(("devices", index, "pci_path"), wrong)
-        elif device.pci_path.function and _function_zero(device.pci_path) not in present:
-            wrong = f"a guest does not look at PCI path {device.pci_path} unless {_function_zero(device.pci_path)} is there"
+        elif (first := _function_zero(device.pci_path)) not in present:
+            wrong = f"a guest does not look at PCI path {device.pci_path} unless {first} is there"
             yield Problem(("devices", index, "pci_path"), wrong)
         owners.setdefault(device.pci_path, device.name)
         if device.backend not in spec.backends:
