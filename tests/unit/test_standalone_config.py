@@ -1,0 +1,305 @@
+"""The grammar of the standalone file: what it reads, and one line at the right place for each thing that it refuses."""
+
+from pathlib import Path
+
+import pytest
+
+from propolis.errors import ConfigError
+from propolis.spec import DirectBoot, FileBlock, PciPath, Pvpanic, VirtioBlock
+from propolis.standalone_config import load, parse
+
+MAIN = """[main]
+name = "testvm"
+cpus = 4
+memory = 1024
+kernel = "vmlinuz"
+"""
+BLOCK = """[block_dev.image]
+type = "file"
+path = "disk.raw"
+"""
+DEVICE = """[dev.block0]
+driver = "pci-virtio-block"
+block_dev = "image"
+pci-path = "0.4.0"
+"""
+
+
+def errors(text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(text, "vm.toml", "/etc/vm")
+    return str(caught.value).splitlines()
+
+
+def test_a_whole_file(tmp_path: Path) -> None:
+    file = tmp_path / "vm.toml"
+    file.write_text("""[main]
+name = "testvm"
+cpus = 4
+memory = 1024
+kernel = "vmlinuz"
+initrd = "/boot/initrd"
+cmdline = "console=ttyS0"
+hypervisor_interface = "bhyve"
+memory_backing = "memfd"
+exit_on_halt = 3
+exit_on_reboot = 4
+use_reservoir = false
+
+[chipset]
+enable-pcie = false
+
+[block_dev.image]
+type = "file"
+path = "disk.raw"
+read_only = true
+block_size = 4096
+skip_flush = true
+workers = 2
+
+[block_dev."an old one"]
+type = "file"
+path = "/old.raw"
+readonly = "true"
+
+[dev.block0]
+driver = "pci-virtio-block"
+block_dev = "image"
+pci-path = "0.4.0"
+queues = 2
+serial = "S1"
+
+[dev.block1]
+driver = "pci-virtio-block"
+block_dev = "an old one"
+pci-path = "0.5.0"
+
+[dev.panic]
+driver = "qemu-pvpanic"
+enable_isa = true
+""")
+    spec = load(file)
+    assert (spec.name, spec.cpus, spec.memory_mib, spec.memory_backing) == ("testvm", 4, 1024, "memfd")
+    assert (spec.hypervisor_interface, spec.exit_on_halt, spec.exit_on_reboot) == ("bhyve", 3, 4)
+    assert spec.boot == DirectBoot(kernel=f"{tmp_path}/vmlinuz", initrd="/boot/initrd", cmdline="console=ttyS0")
+    assert spec.backends == {
+        "image": FileBlock(path=f"{tmp_path}/disk.raw", readonly=True, block_size=4096, skip_flush=True, workers=2),
+        "an old one": FileBlock(path="/old.raw", readonly=True),
+    }
+    assert spec.devices == (
+        VirtioBlock(name="block0", backend="image", pci_path=PciPath(0, 4, 0), queues=2, serial="S1"),
+        VirtioBlock(name="block1", backend="an old one", pci_path=PciPath(0, 5, 0)),
+        Pvpanic(name="panic", enable_isa=True),
+    )
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vm.toml").write_text(MAIN)
+    monkeypatch.chdir(tmp_path)
+    assert load("vm.toml").boot == DirectBoot(kernel=f"{tmp_path}/vmlinuz")
+
+
+@pytest.mark.parametrize(
+    ("readonly", "expected"),
+    [
+        ("", False),
+        ("readonly = true", True),
+        ('readonly = "true"', True),
+        ("read_only = true", True),
+        ("readonly = false", False),
+        ("read_only = false", False),
+    ],
+)
+def test_both_spellings_of_read_only(readonly: str, expected: bool) -> None:
+    spec = parse(MAIN + BLOCK + readonly, "vm.toml", "/")
+    assert spec.backends["image"].readonly is expected
+
+
+# A file with one thing wrong, the place of it, and words of the message.
+ONE_WRONG = [
+    ("", "1:1", "the file has no [main]"),
+    ("main = 3", "1:8", "[main]: expected a table, not 3"),
+    ("[[main]]\nname='x'", "1:1", "[main]: expected a table, not an array"),
+    (MAIN.replace('name = "testvm"\n', ""), "1:1", "[main] has no 'name'"),
+    (MAIN.replace("cpus = 4\n", ""), "1:1", "[main] has no 'cpus': expected a number from 1 to 64"),
+    (MAIN.replace("memory = 1024\n", ""), "1:1", "[main] has no 'memory'"),
+    (MAIN.replace('kernel = "vmlinuz"\n', ""), "1:1", "[main] has no 'kernel'"),
+    (MAIN.replace('"testvm"', '"a b"'), "2:8", "name: 'a b' cannot name a VM"),
+    (MAIN.replace('"testvm"', "7"), "2:8", "name: expected a string, not 7"),
+    (MAIN.replace("cpus = 4", "cpus = 0"), "3:8", "cpus: expected 1 to 64 CPUs, not 0"),
+    (MAIN.replace("cpus = 4", "cpus = 65"), "3:8", "cpus: expected 1 to 64 CPUs, not 65"),
+    (MAIN.replace("cpus = 4", 'cpus = "4"'), "3:8", "cpus: expected a whole number, not '4'"),
+    (MAIN.replace("cpus = 4", "cpus = true"), "3:8", "cpus: expected a whole number, not true"),
+    (MAIN.replace("cpus = 4", "cpus = 4.0"), "3:8", "cpus: expected a whole number, not 4.0"),
+    (MAIN.replace("cpus = 4", f"cpus = {'9' * 100}"), "3:8", "cpus: expected a whole number, not one so large"),
+    (MAIN.replace("cpus = 4", "cpu = 4\ncpus = 4"), "3:1", "unknown key 'cpu' in [main]: did you mean 'cpus'?"),
+    (MAIN.replace("1024", "15"), "4:10", "memory: expected 16 to 1048576 MiB, not 15"),
+    (MAIN.replace("1024", "2026-01-01"), "4:10", "memory: expected a whole number, not 2026-01-01"),
+    (MAIN.replace('"vmlinuz"', '""'), "5:10", "kernel: expected the path of a file, not ''"),
+    (MAIN.replace('"vmlinuz"', '"a\\u0000"'), "5:10", "kernel: expected the path of a file"),
+    (MAIN.replace("kernel", "bootrom"), "5:1", "only boots a kernel directly: expected 'kernel' in its place"),
+    (MAIN + 'bootrom = "x"', "6:1", "'bootrom' and 'kernel' are both given"),
+    (MAIN + "initrd = []", "6:10", "initrd: expected a string, not an array"),
+    (MAIN + "cmdline = {}", "6:11", "cmdline: expected a string, not a table"),
+    (MAIN + 'cmdline = "a\\nb"', "6:11", "cmdline: expected a kernel command line without"),
+    (MAIN + 'hypervisor_interface = "xen"', "6:24", "expected 'kvm', 'bhyve' or 'none', not 'xen'"),
+    (MAIN + "hypervisor_interface = 1", "6:24", "expected 'kvm', 'bhyve' or 'none', not 1"),
+    (MAIN + 'memory_backing = "file"', "6:18", "expected 'anonymous', 'memfd' or 'hugetlb', not 'file'"),
+    (MAIN + "exit_on_halt = 256", "6:16", "exit_on_halt: expected an exit status from 0 to 255, not 256"),
+    (MAIN + "exit_on_reboot = -1", "6:18", "exit_on_reboot: expected an exit status"),
+    (MAIN + "use_reservoir = true", "6:1", "use_reservoir = true is known, but not available"),
+    (MAIN + 'bootrom_version = "1"', "6:1", "'bootrom_version' is known, but not available"),
+    (MAIN + 'cpuid_profile = "x"', "6:1", "'cpuid_profile' is known, but not available"),
+    (MAIN + 'cpu_binding = "any"', "6:1", "'cpu_binding' is known, but not available"),
+    (MAIN + 'boot_order = ["x"]', "6:1", "'boot_order' is known, but not available"),
+    (MAIN + 'acpi_variant = "V0"', "6:1", "'acpi_variant' is known, but not available"),
+    (MAIN + "zzzz = 1", "6:1", "unknown key 'zzzz' in [main]: expected one of 'name', 'cpus'"),
+    (MAIN + '"a\\nb" = 1', "6:1", r"unknown key 'a\nb' in [main]"),
+    ('bootrom = "x"\n' + MAIN, "1:1", "unknown key 'bootrom' in the file: it belongs in [main]"),
+    ("[mian]\n" + MAIN, "1:1", "unknown key 'mian' in the file: did you mean 'main'?"),
+    (MAIN + "[chipset]\nenable-pcie = true", "7:1", "enable-pcie = true is known, but not available"),
+    (MAIN + "[chipset]\nenable-pcie = 1", "7:15", "enable-pcie: expected true or false, not 1"),
+    (MAIN + "[chipset]\nenable_pcie = true", "7:1", "did you mean 'enable-pcie'?"),
+    (MAIN + '[[pci_bridge]]\npci-path = "0.9.0"', "6:1", "'pci_bridge' is known, but not available"),
+    (MAIN + '[cloudinit]\nuser-data = "x"', "6:1", "'cloudinit' is known, but not available"),
+    (MAIN + '[cpuid.x]\nvendor = "amd"', "6:1", "'cpuid' is known, but not available"),
+    (MAIN + "[block_dev]\nx = 3", "7:5", "x: expected a table, not 3"),
+    (MAIN + "[block_dev.x]", "6:1", "[block_dev.x] has no 'type': expected 'file'"),
+    (MAIN + '[block_dev."a b".c]\ntype = "file"', "6:1", "[block_dev.'a b'] has no 'type'"),
+    (MAIN + '[block_dev.x]\ntype = "file"', "6:1", "[block_dev.x] has no 'path'"),
+    (MAIN + '[block_dev.x]\ntype = "flie"', "7:8", "unknown block backend type 'flie': did you mean 'file'?"),
+    (MAIN + '[block_dev.x]\ntype = "zzz"', "7:8", "unknown block backend type 'zzz': expected 'file'"),
+    (MAIN + '[block_dev.x]\ntype = "crucible"\ntargets = []', "7:8", "type 'crucible' is known, but not available"),
+    (MAIN + '[block_dev.x]\ntype = "crucible-mem"', "7:8", "type 'crucible-mem' is known, but not available"),
+    (MAIN + '[block_dev.x]\ntype = "mem-async"', "7:8", "type 'mem-async' is known, but not available"),
+    (MAIN + '[block_dev.x]\ntype = "cloudinit"', "7:8", "type 'cloudinit' is known, but not available"),
+    (MAIN + BLOCK + "readonly = 1", "9:12", "readonly: expected true or false, not 1"),
+    (MAIN + BLOCK + 'readonly = "false"', "9:12", "readonly: expected true or false, not 'false'"),
+    (MAIN + BLOCK + 'read_only = "true"', "9:13", "read_only: expected true or false, not 'true'"),
+    (MAIN + BLOCK + "read_only = true\nreadonly = true", "10:1", "'readonly' and 'read_only' are both given"),
+    (MAIN + BLOCK + "block_size = 1000", "9:14", "block_size: expected one of 512, 2048, 4096, not 1000"),
+    (MAIN + BLOCK + "workers = 0", "9:11", "workers: expected 1 to 32 workers, not 0"),
+    (MAIN + BLOCK + "worker = 1", "9:1", "unknown key 'worker' in [block_dev.image]: did you mean 'workers'?"),
+    (MAIN + f'[block_dev.{"x" * 65}]\ntype = "file"\npath = "x"', "6:1", "cannot name a device or backend"),
+    (MAIN + BLOCK + "[dev.d]", "9:1", "[dev.d] has no 'driver': expected one of 'pci-virtio-block', 'qemu-pvpanic'"),
+    (MAIN + BLOCK + "[dev.d]\ndriver = 1", "10:10", "driver: expected a string, not 1"),
+    (MAIN + BLOCK + '[dev.d]\ndriver = "virtio-block"', "10:10", "did you mean 'pci-virtio-block'?"),
+    (MAIN + BLOCK + '[dev.d]\ndriver = "pci-nvme"\nx = 1', "10:10", "driver 'pci-nvme' is known, but not available"),
+    (MAIN + '[dev.n]\ndriver = "pci-virtio-viona"\nvnic = "v"', "7:10", "driver 'pci-virtio-viona' is known, but not"),
+    (MAIN + '[dev.n]\ndriver = "pci-virtio-socket"', "7:10", "driver 'pci-virtio-socket' is known, but not available"),
+    (MAIN + BLOCK + DEVICE.replace("0.4.0", "0.4"), "12:12", "expected a PCI path"),
+    (MAIN + BLOCK + DEVICE.replace("0.4.0", "0.1.3"), "12:12", "PCI path 0.1.3 belongs to the power management"),
+    (MAIN + BLOCK + DEVICE.replace("0.4.0", "0.4.2"), "12:12", "a guest does not look at PCI path 0.4.2 unless"),
+    (MAIN + BLOCK + DEVICE.replace('pci-path = "0.4.0"\n', ""), "9:1", "[dev.block0] has no 'pci-path'"),
+    (MAIN + BLOCK + DEVICE.replace('block_dev = "image"\n', ""), "9:1", "[dev.block0] has no 'block_dev'"),
+    (MAIN + BLOCK + DEVICE.replace('"image"', '"imagf"'), "11:13", "there is no block backend 'imagf'"),
+    (MAIN + BLOCK + DEVICE + "queues = 17", "13:10", "queues: expected 1 to 16 queues, not 17"),
+    (MAIN + BLOCK + DEVICE + f'serial = "{"x" * 21}"', "13:10", "serial: expected 1 to 20 ASCII characters"),
+    (MAIN + BLOCK + DEVICE + 'vnic = "x"', "13:1", "unknown key 'vnic' in [dev.block0]"),
+    (MAIN + '[dev.p]\ndriver = "qemu-pvpanic"\nenable_isa = 1', "8:14", "enable_isa: expected true or false, not 1"),
+    (
+        MAIN + BLOCK + DEVICE + DEVICE.replace("block0", "block1").replace("0.4.0", "0.5.0"),
+        "15:13",
+        "block_dev: block backend 'image' is already used by device 'block0'",
+    ),
+    (
+        MAIN
+        + BLOCK
+        + BLOCK.replace("image", "b")
+        + DEVICE
+        + DEVICE.replace("block0", "block1").replace('"image"', '"b"'),
+        "19:12",
+        "pci-path: PCI path 0.4.0 is already taken by device 'block0'",
+    ),
+    (
+        MAIN + '[dev.p]\ndriver = "qemu-pvpanic"\n[dev.q]\ndriver = "qemu-pvpanic"',
+        "8:1",
+        "a VM has at most one pvpanic, and 'p' is it",
+    ),
+    (MAIN + "x = ", "6:5", "not TOML:"),
+    (MAIN + "cpus = 5", "6:9", "not TOML:"),
+    ("[main\n", "1:6", "not TOML:"),
+    ("x = 'é' ?\n", "1:9", "not TOML:"),
+]
+
+
+@pytest.mark.parametrize(("text", "place", "words"), ONE_WRONG, ids=[words for _, _, words in ONE_WRONG])
+def test_one_thing_wrong_is_one_line(text: str, place: str, words: str) -> None:
+    (line,) = errors(text)
+    assert line.startswith(f"vm.toml:{place}: "), line
+    assert words in line
+
+
+def test_everything_wrong_is_reported_in_the_order_of_the_file() -> None:
+    text = """[main]
+name = "test vm"
+cpu = 3
+cpus = true
+bootrom = "/OVMF"
+
+[block_dev.a]
+type = "file"
+path = ""
+workers = 33
+
+[block_dev.c]
+type = "crucible"
+
+[dev.x]
+driver = "pci-virtio-block"
+block_dev = "a"
+pci_path = "0.4.0"
+
+[dev.y]
+driver = "pci-virtio-block"
+block_dev = "c"
+pci-path = "0.32.0"
+
+[dev.z]
+driver = "pci-virtio-block"
+block_dev = "a"
+pci-path = "0.1.0"
+"""
+    places = [line.split(": ")[0].removeprefix("vm.toml:") for line in errors(text)]
+    assert places == [
+        "1:1",
+        "2:8",
+        "3:1",
+        "4:8",
+        "5:1",
+        "9:8",
+        "10:11",
+        "13:8",
+        "15:1",
+        "18:1",
+        "23:12",
+        "27:13",
+        "28:12",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[main]\nname = '\xff'", "vm.toml:2:9: expected UTF-8 text"),
+        (b"x = " + b"9" * 5000, "vm.toml: "),
+        (b"x = " + b"[" * 5000, "vm.toml: "),
+        (b"#" * ((1 << 20) + 1), "at most 1048576 bytes"),
+        (b"\xef\xbb\xbf[main]", "vm.toml:1:1: not TOML"),
+    ],
+)
+def test_what_is_hardly_a_file(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "vm.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load(file)
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("none.toml", "No such file or directory"), (".", "Is a directory"), ("a\0b", "null byte")]
+)
+def test_what_cannot_be_opened(tmp_path: Path, name: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load(f"{tmp_path}/{name}")
