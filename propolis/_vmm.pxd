@@ -150,7 +150,7 @@ cdef class Mailbox:
     """Rare events from any thread to the loop. Each poster has a slot of 32 event bits, so nothing can overflow."""
     cdef int fd
     cdef uint32_t bits[MAX_SLOTS]        # any thread, or32_seq; the loop swaps with 0
-    cdef uint64_t ready[SLOT_WORDS] # slots with bits; any thread, or64_seq; the loop swaps with 0
+    cdef uint64_t ready[SLOT_WORDS]  # slots with bits; any thread, or64_seq; the loop swaps with 0
     cdef uint32_t count                  # written by: loop
     cdef list callbacks                  # written by: loop
 

@@ -2,8 +2,8 @@
 
     start -> (pause -> drained -> reset | save -> resume)* -> halt
 
-All of it runs on the loop thread. Guest accesses reach a device's compiled registers on vCPU threads at any time between
-start and halt, except while the machine holds the vCPUs: it does so around pause, reset and resume.
+All of it runs on the loop thread. Guest accesses reach a device's compiled registers on vCPU threads at any time
+between start and halt, except while the machine holds the vCPUs: it does so around pause, reset and resume.
 """
 
 import asyncio

@@ -34,6 +34,7 @@ from propolis._vmm cimport (
 )
 
 from propolis.errors import HypervisorError
+from propolis.hypervisor.state import real_mode_registers
 
 cdef enum:
     MAX_RECORDS = 4096
@@ -60,9 +61,12 @@ cdef class ReplayVm(Vm):
     cdef pthread_mutex_t record_lock
     cdef int32_t next_gsi
 
-    def __init__(self) -> None:
+    def __cinit__(self) -> None:
         pthread_mutex_init(&self.record_lock, NULL)
         self.next_gsi = 24
+
+    def __dealloc__(self) -> None:
+        pthread_mutex_destroy(&self.record_lock)
 
     cdef void _record(self, bint is_msi, uint64_t address, uint32_t data) noexcept nogil:
         pthread_mutex_lock(&self.record_lock)
@@ -107,6 +111,21 @@ cdef class ReplayVm(Vm):
             raise ValueError(f"no input {pin}")
         return self.asserted[pin] != 0
 
+    def max_vcpus(self) -> int:
+        return 64
+
+    def has_deadline_timer(self) -> bool:
+        return False
+
+    def supported_cpuid(self) -> list:
+        return [(0, 0, 0, 1, 0, 0, 0), (1, 0, 0, 0, 0, 0, 0)]
+
+    def map_memory(self) -> None:
+        """There is nobody to map it for."""
+
+    def reset(self) -> None:
+        """There is no interrupt controller; lines keep the level of their devices."""
+
     def close(self) -> None:
         """Gives back guest memory."""
         self.memory.close()
@@ -127,8 +146,10 @@ cdef class ReplayVcpu(Vcpu):
     cdef uint32_t immediate_exit
     cdef pthread_mutex_t idle_lock
     cdef pthread_cond_t kicked
+    cdef object registers
+    cdef list cpuid
 
-    def __cinit__(self, Vm vm, index: int, on_event, script: list, rounds: int = 1) -> None:
+    def __cinit__(self, Vm vm, index: int, on_event, script: list | None = None, rounds: int = 1) -> None:
         kinds = {
             "out": (EXIT_PIO, True), "in": (EXIT_PIO, False), "outs": (EXIT_PIO, True), "ins": (EXIT_PIO, False),
             "write": (EXIT_MMIO, True), "read": (EXIT_MMIO, False), "retry": (EXIT_RETRY, False),
@@ -138,10 +159,10 @@ cdef class ReplayVcpu(Vcpu):
         cdef bytes payload
         pthread_mutex_init(&self.idle_lock, NULL)
         pthread_cond_init(&self.kicked, NULL)
-        self.steps = <Step *>calloc(len(script) + 1, sizeof(Step))
+        self.steps = <Step *>calloc(len(script or ()) + 1, sizeof(Step))
         if self.steps == NULL:
             raise MemoryError
-        for entry in script:
+        for entry in script or ():
             step = &self.steps[self.length]
             name = entry[0]
             if name not in kinds:
@@ -166,6 +187,7 @@ cdef class ReplayVcpu(Vcpu):
                 memcpy(step.data, <const char *>payload, len(payload))
             self.length += 1
         self.rounds = rounds
+        self.registers = real_mode_registers()
 
     def __dealloc__(self) -> None:
         free(self.steps)
@@ -206,6 +228,30 @@ cdef class ReplayVcpu(Vcpu):
     def is_done(self) -> bool:
         """Whether the whole script, with all its rounds, has run."""
         return self.position == self.length and self.rounds <= 1
+
+    def set_cpuid(self, entries: list) -> None:
+        self.cpuid = entries
+
+    def get_registers(self):
+        return self.registers
+
+    def set_registers(self, registers) -> None:
+        self.registers = registers
+
+    def instruction_bytes(self) -> bytes:
+        return b""
+
+    def failure_text(self) -> str:
+        return f"replayed failure {self.failure()[0]}"
+
+    def reset(self) -> None:
+        """Starts the script again; held."""
+        self.position = 0
+        self.registers = real_mode_registers()
+
+    def close(self) -> None:
+        if self.running:
+            raise HypervisorError(f"vCPU {self.index} is still running")
 
     def results(self) -> list:
         """What each reading step got in its last round: an int, or bytes of a string instruction."""

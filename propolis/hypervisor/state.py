@@ -68,3 +68,19 @@ class Registers(Struct, frozen=True, kw_only=True):
     ldt: Segment
     gdt: DescriptorTable = DescriptorTable()
     idt: DescriptorTable = DescriptorTable()
+
+
+def real_mode_registers() -> Registers:
+    """The registers at power-on (SDM volume 3A, table 10-1): real mode, first instruction at FFFF_FFF0."""
+    data = Segment(limit=0xFFFF, type=3, s=1, present=1)
+    return Registers(
+        rip=0xFFF0,
+        cs=Segment(base=0xFFFF_0000, limit=0xFFFF, selector=0xF000, type=0xB, s=1, present=1),
+        ds=data,
+        es=data,
+        fs=data,
+        gs=data,
+        ss=data,
+        tr=Segment(limit=0xFFFF, type=0xB, present=1),
+        ldt=Segment(limit=0xFFFF, type=2, present=1),
+    )
