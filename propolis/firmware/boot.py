@@ -1,8 +1,7 @@
 """Direct boot: tells what kind of kernel it was given, loads it with its companions, says how to enter it."""
 
-from collections.abc import Iterable
-
 from propolis.firmware import linux
+from propolis.firmware.acpi import Tables
 from propolis.firmware.entry import Entry
 from propolis.firmware.image import BinaryFile, ImageFile
 from propolis.firmware.memory import Memory
@@ -24,13 +23,11 @@ def load(
     *,
     initrd: BinaryFile | None = None,
     cmdline: str = "",
-    rsdp: int = 0,
-    tables: Iterable[tuple[int, bytes]] = (),
+    tables: Tables | None = None,
 ) -> Entry:
     """Loads everything into `memory` and returns how the boot processor starts.
 
-    `tables` are placed ACPI tables as (address, content), `rsdp` the address of their root. May be called again on
-    the same memory for a reboot: it relies on nothing that the guest may have left there.
+    May be called again on the same memory for a reboot: it relies on nothing that the guest may have left there.
     """
     kernel_file = ImageFile("kernel", kernel)
     initrd_file = ImageFile("initrd", initrd) if initrd is not None else None
@@ -40,7 +37,9 @@ def load(
             raise kernel_file.error("magic", f"{name}-compressed, expected a bzImage or an ELF file as it is")
     if head[0x1FE:0x200] != b"\x55\xaa" and head[0x202:0x206] != b"HdrS":
         raise kernel_file.error("magic", "neither a bzImage (boot_flag at 0x1fe) nor an ELF file")
+    rsdp = tables.rsdp if tables is not None else 0
     loaded = linux.load(memory, memory_size, kernel_file, initrd_file, cmdline, rsdp)
-    for gpa, content in tables:
-        memory.write(gpa, content)
+    if tables is not None:
+        for gpa, content in tables.pieces:
+            memory.write(gpa, content)
     return loaded

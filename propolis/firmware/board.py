@@ -1,0 +1,16 @@
+"""What the ACPI tables need to know about a machine."""
+
+from msgspec import Struct
+
+from propolis.firmware.layout import Range
+
+CPUS_MAX = 64
+
+
+class Board(Struct, frozen=True, kw_only=True):
+    """Everything else in the tables is the same for every machine."""
+
+    cpus: int  # local APIC ids are 0 to cpus - 1
+    mmio64: Range  # layout.mmio64_window()
+    uarts: tuple[int, ...] = (1,)  # numbers of the COM ports present, of 1 to 4
+    pvpanic: bool = False
