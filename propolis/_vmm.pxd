@@ -205,6 +205,7 @@ cdef enum VcpuEvent:
     VCPU_PARKED = 1
     VCPU_SHUTDOWN = 2
     VCPU_FAILED = 4
+    VCPU_ENDED = 8           # its thread has left the loop for good
 
 cdef class Vcpu:
     cdef Vm vm

@@ -914,6 +914,7 @@ cdef class Vcpu:
             pthread_mutex_lock(&self.lock)
             self.running = False
             pthread_mutex_unlock(&self.lock)
+            self.vm.mailbox.post(self.slot, VCPU_ENDED)
 
     cdef void _loop(self) noexcept nogil:
         cdef Exit *exit = &self.exit

@@ -1,0 +1,44 @@
+"""Opens what a jailed worker may not: /dev/kvm, images and disks. Hands out descriptors and open files, never paths.
+
+A standalone VM is its own keeper; behind the daemon the keeper is a process of its own with this interface.
+"""
+
+import os
+from typing import BinaryIO
+
+from propolis.errors import BackendError, HypervisorError, ImageError
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+class LocalKeeper:
+    """A keeper in the same process."""
+
+    def open_hypervisor(self) -> int:
+        """A descriptor of /dev/kvm, which the caller closes. Raises HypervisorError that says what to do."""
+        path = "/dev/kvm"
+        try:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise HypervisorError(f"{path} does not exist: load the module kvm_intel or kvm_amd") from None
+        except PermissionError:
+            raise HypervisorError(f"{path}: permission denied: join the group kvm, or run as root") from None
+        except OSError as error:
+            raise HypervisorError(f"open {path}: {_reason(error)}") from error
+
+    def open_image(self, path: str, what: str) -> BinaryIO:
+        """A kernel or initrd, open for reading. Raises ImageError."""
+        try:
+            # Unbuffered: the loaders read straight into guest memory.
+            return open(path, "rb", buffering=0)  # noqa: SIM115 -- the machine closes it
+        except OSError as error:
+            raise ImageError(f"open {what} '{path}': {_reason(error)}") from error
+
+    def open_disk(self, path: str, *, read_only: bool) -> int:
+        """A descriptor of a raw file or block device, which the caller closes. Raises BackendError."""
+        try:
+            return os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+        except OSError as error:
+            raise BackendError(f"open disk '{path}': {_reason(error)}") from error

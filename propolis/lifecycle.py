@@ -1,0 +1,211 @@
+"""The only task that changes a VM's state: requests and guest events go in, states come out.
+
+    CREATING -> STARTING -> RUNNING <-> PAUSED
+                               |  ^
+                               v  |
+                            REBOOTING
+    any of these -> STOPPING -> STOPPED (the guest powered off, or somebody stopped it)
+    any of these -> FAILED (the hypervisor or a device cannot go on; `detail` says why)
+
+STOPPED and FAILED are final. What a request may do in which state is a pure function, `admit`.
+"""
+
+import asyncio
+import enum
+import logging
+from typing import NamedTuple, Protocol
+
+from propolis.errors import PropolisError, StateError
+
+log = logging.getLogger(__name__)
+
+
+class State(enum.Enum):
+    CREATING = "Creating"
+    STARTING = "Starting"
+    RUNNING = "Running"
+    PAUSED = "Paused"
+    REBOOTING = "Rebooting"
+    STOPPING = "Stopping"
+    STOPPED = "Stopped"
+    FAILED = "Failed"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (State.STOPPED, State.FAILED)
+
+
+class Request(enum.Enum):
+    """What the outside asks for."""
+
+    RUN = "run"
+    PAUSE = "pause"
+    REBOOT = "reboot"
+    POWER_BUTTON = "press the power button"
+    STOP = "stop"
+
+
+class GuestEvent(enum.Enum):
+    """What the guest, or the hypervisor on its behalf, reports."""
+
+    RESET = "reset"
+    TRIPLE_FAULT = "triple fault"
+    POWER_OFF = "power off"
+    FAILURE = "failure"
+
+
+class Record(NamedTuple):
+    """A published state. `generation` grows by one with each publication, repeated states included."""
+
+    generation: int
+    state: State
+    detail: str = ""
+
+
+class Verdict(enum.Enum):
+    ACCEPT = enum.auto()
+    IGNORE = enum.auto()  # it is so already, or will be
+
+
+class Machine(Protocol):
+    """What the lifecycle needs of a machine; each method runs on the loop."""
+
+    async def start(self) -> None: ...
+    async def pause(self) -> None: ...
+    async def resume(self) -> None: ...
+    async def reboot(self) -> None: ...
+    async def halt(self) -> None: ...
+    def press_power_button(self) -> None: ...
+    def failure_text(self) -> str: ...
+
+
+_ALIVE = {State.STARTING, State.RUNNING, State.PAUSED, State.REBOOTING}
+
+
+def admit(state: State, pending: frozenset[Request], request: Request) -> Verdict:
+    """Whether a request may be queued now. Raises StateError with the reason when not."""
+    if request is Request.STOP:
+        return Verdict.IGNORE if state.is_final or Request.STOP in pending else Verdict.ACCEPT
+    if state.is_final or state is State.STOPPING or Request.STOP in pending:
+        raise StateError(f"cannot {request.value}: the VM is {'stopping' if not state.is_final else state.value.lower()}")
+    if request is Request.RUN:
+        running = state in _ALIVE and state is not State.PAUSED and Request.PAUSE not in pending
+        return Verdict.IGNORE if running or Request.RUN in pending else Verdict.ACCEPT
+    if state is State.CREATING:
+        raise StateError(f"cannot {request.value}: the VM has not been started")
+    if request is Request.PAUSE:
+        return Verdict.IGNORE if state is State.PAUSED or Request.PAUSE in pending else Verdict.ACCEPT
+    if state is State.PAUSED:
+        raise StateError(f"cannot {request.value}: the VM is paused")
+    if request in pending or (request is Request.REBOOT and state is State.REBOOTING):
+        return Verdict.IGNORE
+    return Verdict.ACCEPT
+
+
+class Lifecycle:
+    """Owns the state of one machine. `run` is the task; the other methods may be called from anywhere on the loop."""
+
+    def __init__(self, machine: Machine, *, reboot_ends: bool = False) -> None:
+        self._machine = machine
+        self._reboot_ends = reboot_ends  # a reset by the guest ends the VM instead
+        self._requests: dict[Request, None] = {}  # in order, each once
+        self._events: set[GuestEvent] = set()
+        self._wake = asyncio.Event()
+        self._changed = asyncio.Condition()
+        self.record = Record(0, State.CREATING)
+        self.rebooted = False  # whether a guest reset was what ended it
+        self.reboots = 0
+
+    def request(self, request: Request) -> None:
+        """Queues a request. Raises StateError when the present state does not admit it."""
+        if admit(self.record.state, frozenset(self._requests), request) is Verdict.ACCEPT:
+            self._requests[request] = None
+            self._wake.set()
+
+    def report(self, event: GuestEvent) -> None:
+        """A guest event; several of a kind before it is served count once."""
+        self._events.add(event)
+        self._wake.set()
+
+    async def wait_for(self, generation: int) -> Record:
+        """The present record, once its generation is at least this one."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.record.generation >= generation or self.record.state.is_final)
+        return self.record
+
+    async def run(self) -> Record:
+        """Serves requests and events until the VM is STOPPED or FAILED; returns that record."""
+        try:
+            while not self.record.state.is_final:
+                await self._wake.wait()
+                self._wake.clear()
+                await self._serve()
+        except PropolisError as error:
+            await self._fail(str(error))
+        except BaseException:
+            # Cancelled, or a bug of ours: the machine is ended all the same, and the caller sees why.
+            await self._machine.halt()
+            raise
+        return self.record
+
+    async def _serve(self) -> None:
+        while not self.record.state.is_final and (self._events or self._requests):
+            if GuestEvent.FAILURE in self._events:
+                await self._fail(self._machine.failure_text())
+            elif GuestEvent.POWER_OFF in self._events:
+                await self._stop("the guest powered off")
+            elif self._events & {GuestEvent.RESET, GuestEvent.TRIPLE_FAULT}:
+                cause = "triple fault" if GuestEvent.TRIPLE_FAULT in self._events else "guest"
+                self._events -= {GuestEvent.RESET, GuestEvent.TRIPLE_FAULT}
+                if self._reboot_ends:
+                    self.rebooted = True
+                    await self._stop("the guest rebooted")
+                else:
+                    await self._reboot(cause)
+            elif Request.STOP in self._requests:
+                await self._stop("stopped")
+            else:
+                request = next(iter(self._requests))
+                del self._requests[request]
+                await self._obey(request)
+
+    async def _obey(self, request: Request) -> None:
+        state = self.record.state
+        if request is Request.RUN and state is State.CREATING:
+            await self._publish(State.STARTING)
+            await self._machine.start()
+            await self._publish(State.RUNNING)
+        elif request is Request.RUN and state is State.PAUSED:
+            await self._machine.resume()
+            await self._publish(State.RUNNING)
+        elif request is Request.PAUSE and state is State.RUNNING:
+            await self._machine.pause()
+            await self._publish(State.PAUSED)
+        elif request is Request.REBOOT and state is State.RUNNING:
+            await self._reboot("request")
+        elif request is Request.POWER_BUTTON and state is State.RUNNING:
+            self._machine.press_power_button()
+
+    async def _reboot(self, cause: str) -> None:
+        await self._publish(State.REBOOTING, cause)
+        await self._machine.reboot()
+        self._events.discard(GuestEvent.RESET)  # asked for before the reset, and thereby answered
+        self._events.discard(GuestEvent.TRIPLE_FAULT)
+        self.reboots += 1
+        await self._publish(State.RUNNING)
+
+    async def _stop(self, detail: str) -> None:
+        await self._publish(State.STOPPING, detail)
+        await self._machine.halt()
+        await self._publish(State.STOPPED, detail)
+
+    async def _fail(self, detail: str) -> None:
+        log.error("the VM failed: %s", detail)
+        await self._machine.halt()
+        await self._publish(State.FAILED, detail)
+
+    async def _publish(self, state: State, detail: str = "") -> None:
+        self.record = Record(self.record.generation + 1, state, detail)
+        log.info("state %s%s", state.value, f": {detail}" if detail else "")
+        async with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,239 @@
+"""Builds one VM from a Spec and owns it: memory, buses, vCPUs, board and devices, and the boot image.
+
+The order that must hold: hold the vCPUs, pause the devices, await what is in flight, then save or reset; resume the
+devices, then release the vCPUs.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import BinaryIO, Protocol
+
+from propolis import spec as model
+from propolis.board import Board
+from propolis.devices.device import Device
+from propolis.errors import HypervisorError
+from propolis.firmware import boot, layout
+from propolis.firmware.acpi import direct_boot_tables
+from propolis.hypervisor import MachineVcpu, create_vcpu, open_vm
+from propolis.hypervisor.cpuid import machine_cpuid, vcpu_cpuid
+from propolis.hypervisor.state import Registers
+from propolis.lifecycle import GuestEvent
+
+log = logging.getLogger(__name__)
+
+HOLD_TIMEOUT = 10.0  # seconds for a vCPU to answer a kick: it takes one signal and one exit
+DRAIN_TIMEOUT = 30.0  # seconds for a device to finish what it has in flight
+
+# Bits of a vCPU's mailbox slot, VcpuEvent in _vmm.pxd.
+VCPU_PARKED, VCPU_SHUTDOWN, VCPU_FAILED, VCPU_ENDED = 1, 2, 4, 8
+
+
+class Keeper(Protocol):
+    """Who opens files for the machine: propolis.keeper."""
+
+    def open_hypervisor(self) -> int: ...
+    def open_image(self, path: str, what: str) -> BinaryIO: ...
+    def open_disk(self, path: str, *, read_only: bool) -> int: ...
+
+
+class Machine:
+    """One virtual machine. Built stopped; every method runs on the loop thread.
+
+    Raises PropolisError subclasses from the constructor, having released all it took.
+    """
+
+    def __init__(
+        self, spec: model.Spec, keeper: Keeper, on_event: Callable[[GuestEvent], None], *, hypervisor: str = "kvm"
+    ) -> None:
+        self.spec = spec
+        self._on_event = on_event
+        self._moved = asyncio.Event()  # a vCPU parked or ended
+        self._threads: list[threading.Thread] = []
+        self._failed: MachineVcpu | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.vcpus: list[MachineVcpu] = []
+        with ExitStack() as undo:
+            self._build(spec, keeper, hypervisor, undo)
+            self._undo = undo.pop_all()
+
+    def _build(self, spec: model.Spec, keeper: Keeper, hypervisor: str, undo: ExitStack) -> None:
+        memory_size = spec.memory_mib << 20
+        if isinstance(spec.boot, model.DirectBoot):
+            self._kernel = undo.enter_context(keeper.open_image(spec.boot.kernel, "kernel"))
+            self._initrd = None
+            if spec.boot.initrd is not None:
+                self._initrd = undo.enter_context(keeper.open_image(spec.boot.initrd, "initrd"))
+        kvm_fd = keeper.open_hypervisor() if hypervisor == "kvm" else -1
+        if kvm_fd >= 0:
+            undo.callback(os.close, kvm_fd)
+        self.vm = open_vm(hypervisor, kvm_fd)
+        undo.callback(self.vm.close)
+        if spec.cpus > self.vm.max_vcpus():
+            raise HypervisorError(f"{spec.cpus} CPUs: this host's hypervisor gives a VM {self.vm.max_vcpus()}")
+        for ram in layout.ram_ranges(memory_size):
+            self.vm.memory.add(ram.base, ram.size, spec.memory_backing)
+        self.vm.map_memory()
+        self.cpuid = machine_cpuid(
+            self.vm.supported_cpuid(), spec.cpus, spec.hypervisor_interface, self.vm.has_deadline_timer()
+        )
+        for index in range(spec.cpus):
+            vcpu = create_vcpu(self.vm, index, self._vcpu_events(index))
+            undo.callback(vcpu.close)
+            vcpu.set_cpuid(vcpu_cpuid(self.cpuid, index))
+            self.vcpus.append(vcpu)
+        window64 = layout.mmio64_window(memory_size, _physical_bits(self.cpuid))
+        self.board = Board(self.vm, spec, keeper, window64, self._on_event, undo)
+        self.devices: list[Device] = self.board.devices
+        self._tables = direct_boot_tables(self.board.acpi())
+
+    def _vcpu_events(self, index: int) -> Callable[[int], None]:
+        return lambda bits: self._on_vcpu(self.vcpus[index], bits)
+
+    def _on_vcpu(self, vcpu: MachineVcpu, bits: int) -> None:
+        if bits & (VCPU_PARKED | VCPU_ENDED):
+            self._moved.set()
+        if bits & VCPU_SHUTDOWN:
+            self._on_event(GuestEvent.TRIPLE_FAULT)
+        if bits & VCPU_FAILED:
+            self._failed = self._failed or vcpu
+            self._on_event(GuestEvent.FAILURE)
+
+    # -- life cycle ----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Loads the boot image and runs the guest. Raises ImageError, HypervisorError or BackendError."""
+        loop = asyncio.get_running_loop()
+        self._power_on()
+        loop.add_reader(self.vm.mailbox.fileno(), self.vm.mailbox.dispatch)
+        self._loop = loop
+        for device in self.devices:
+            device.start(loop)
+        for vcpu in self.vcpus:
+            thread = threading.Thread(target=vcpu.run, name=f"vcpu-{vcpu.index}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        self._release()
+
+    def _power_on(self) -> None:
+        """Programs the board as firmware would and loads the boot image; vCPU 0 is then at its entry."""
+        self.board.program()
+        if isinstance(self.spec.boot, model.DirectBoot):
+            entry = boot.load(
+                self.vm.memory,
+                self.spec.memory_mib << 20,
+                self._kernel,
+                initrd=self._initrd,
+                cmdline=self.spec.boot.cmdline,
+                tables=self._tables,
+            )
+            self.vcpus[0].set_registers(entry.registers)
+
+    def _release(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.release()
+
+    async def _hold(self) -> None:
+        """Holds every vCPU at a consistent point. Raises HypervisorError naming one that does not answer."""
+        for vcpu in self.vcpus:
+            vcpu.hold()
+        await self._until("answer a request to pause", lambda vcpu: vcpu.is_parked)
+
+    async def _until(self, what: str, reached: Callable[[MachineVcpu], bool]) -> None:
+        try:
+            async with asyncio.timeout(HOLD_TIMEOUT):
+                while True:
+                    # Cleared before the look: a vCPU that moves after it sets the event again.
+                    self._moved.clear()
+                    if all(reached(vcpu) for vcpu in self.vcpus):
+                        return
+                    await self._moved.wait()
+        except TimeoutError:
+            late = ", ".join(str(vcpu.index) for vcpu in self.vcpus if not reached(vcpu))
+            raise HypervisorError(f"vCPU {late} did not {what} within {HOLD_TIMEOUT:g} s") from None
+
+    async def pause(self) -> None:
+        """Stops the guest at a consistent point, with nothing in flight."""
+        await self._hold()
+        for device in self.devices:
+            device.pause()
+        try:
+            async with asyncio.timeout(DRAIN_TIMEOUT):
+                for device in self.devices:
+                    await device.drained()
+        except TimeoutError:
+            await self.resume()
+            raise HypervisorError(f"a device did not finish its requests within {DRAIN_TIMEOUT:g} s") from None
+
+    async def resume(self) -> None:
+        """Runs the guest on from where pause() left it."""
+        for device in self.devices:
+            device.resume()
+        self._release()
+
+    async def reboot(self) -> None:
+        """To power-on and up again: the same boot image, devices and backends; memory is not cleared."""
+        await self.pause()
+        self.vm.reset()
+        for vcpu in self.vcpus:
+            vcpu.reset()
+        for device in self.devices:
+            device.reset()
+        # What the guest asked for before the reset is answered by it: collect those events now.
+        self.vm.mailbox.dispatch()
+        self._power_on()
+        await self.resume()
+
+    async def halt(self) -> None:
+        """Ends the guest and lets go of everything; called twice is fine."""
+        for vcpu in self.vcpus:
+            vcpu.stop()
+        if self._threads:
+            await self._until("end", lambda vcpu: not self._threads[vcpu.index].is_alive() or vcpu.is_parked)
+            for thread in self._threads:
+                thread.join()
+            self._threads.clear()
+        if self._loop is not None:
+            self._loop.remove_reader(self.vm.mailbox.fileno())
+            self._loop = None
+        for device in reversed(self.devices):
+            await device.halt()
+        self.devices = []
+        self._undo.close()
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def press_power_button(self) -> None:
+        """The guest's operating system decides what that means."""
+        self.board.press_power_button()
+
+    def failure_text(self) -> str:
+        """Why the VM cannot go on: what the hypervisor said, the registers and the instruction."""
+        if self._failed is None:
+            return "no vCPU has failed"
+        vcpu = self._failed
+        code = vcpu.instruction_bytes().hex(" ") or "not mapped"
+        return f"vCPU {vcpu.index}: {vcpu.failure_text()}; {_registers_text(vcpu.get_registers())} code={code}"
+
+    def stats(self) -> dict[str, object]:
+        """Counters of the vCPUs and buses."""
+        return {
+            "vcpus": [vcpu.stats() for vcpu in self.vcpus],
+            "pio": self.vm.pio.stats(),
+            "mmio": self.vm.mmio.stats(),
+        }
+
+
+def _close(fd: int) -> None:
+def _physical_bits(cpuid: list[tuple[int, ...]]) -> int:
+    """The guest's physical address width: CPUID leaf 8000_0008 EAX[7:0], 36 where it is missing."""
+    return next((entry[3] & 0xFF for entry in cpuid if entry[0] == 0x8000_0008), 36)
+
+
+def _registers_text(r: Registers) -> str:
+    names = ("rip", "rflags", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "cr0", "cr2", "cr3", "cr4", "efer")
+    values = " ".join(f"{name}={getattr(r, name):#x}" for name in names)
+    return f"{values} cs={r.cs.selector:#x}:{r.cs.base:#x}"
