@@ -1,9 +1,9 @@
 """Direct boot: tells what kind of kernel it was given, loads it with its companions, says how to enter it."""
 
-from propolis.firmware import linux
+from propolis.firmware import elf, linux, pvh
 from propolis.firmware.acpi import Tables
 from propolis.firmware.entry import Entry
-from propolis.firmware.image import BinaryFile, ImageFile
+from propolis.firmware.image import BinaryFile, ImageFile, size_text
 from propolis.firmware.memory import Memory
 
 _COMPRESSED = (
@@ -35,10 +35,15 @@ def load(
     for magic, name in _COMPRESSED:
         if head.startswith(magic):
             raise kernel_file.error("magic", f"{name}-compressed, expected a bzImage or an ELF file as it is")
-    if head[0x1FE:0x200] != b"\x55\xaa" and head[0x202:0x206] != b"HdrS":
-        raise kernel_file.error("magic", "neither a bzImage (boot_flag at 0x1fe) nor an ELF file")
-    rsdp = tables.rsdp if tables is not None else 0
-    loaded = linux.load(memory, memory_size, kernel_file, initrd_file, cmdline, rsdp)
+    if head.startswith(elf.MAGIC):
+        load_kernel = pvh.load
+    elif head[0x1FE:0x200] == b"\x55\xaa" or head[0x202:0x206] == b"HdrS":
+        load_kernel = linux.load
+    else:
+        raise kernel_file.error("magic", f"neither a bzImage nor an ELF file in its {size_text(kernel_file.size)}")
+    loaded = load_kernel(
+        memory, memory_size, kernel_file, initrd_file, cmdline, tables.rsdp if tables is not None else 0
+    )
     if tables is not None:
         for gpa, content in tables.pieces:
             memory.write(gpa, content)
