@@ -13,4 +13,3 @@ cdef class ConfigPorts(Region):
     cdef Region reset_control
 
     cdef uint64_t _data(self, uint64_t offset, uint32_t size, bint is_write, uint64_t value) noexcept nogil
-

@@ -147,7 +147,7 @@ cdef class PciFunction:
         return offset
 
     def add_msix(self, vectors: int, bar: int, table_offset: int, pba_offset: int) -> Msix:
-        """The MSI-X capability. Its `table` and `pba` regions go into the BAR's window at these offsets, by the caller."""
+        """The MSI-X capability. The caller puts its `table` and `pba` regions into the BAR's window there."""
         if self.msix is not None:
             raise ValueError(f"{self.name}: has MSI-X already")
         if table_offset & 7 or pba_offset & 7 or not 0 <= bar < 6:

@@ -22,16 +22,34 @@ class Chipset:
     def __init__(self, vm: Vm, reset_control: Region | None = None) -> None:
         self.bus = PciBus(vm, reset_control)
         self.host_bridge = PciFunction(
-            vm, "host bridge", vendor=INTEL, device=0x1237, subsystem_vendor=OXIDE, subsystem=0xFFFE, class_code=0x060000,
+            vm,
+            "host bridge",
+            vendor=INTEL,
+            device=0x1237,
+            subsystem_vendor=OXIDE,
+            subsystem=0xFFFE,
+            class_code=0x060000,
             revision=2,
         )
         self.isa_bridge = IsaBridge(
-            vm, self.bus.router, "isa bridge", vendor=INTEL, device=0x7000, subsystem_vendor=OXIDE, subsystem=0xFFFD,
+            vm,
+            self.bus.router,
+            "isa bridge",
+            vendor=INTEL,
+            device=0x7000,
+            subsystem_vendor=OXIDE,
+            subsystem=0xFFFD,
             class_code=0x060100,
         )
         self.power = PciFunction(
-            vm, "power management", vendor=INTEL, device=0x7113, subsystem_vendor=OXIDE, subsystem=0xFFFC,
-            class_code=0x068000, revision=3,
+            vm,
+            "power management",
+            vendor=INTEL,
+            device=0x7113,
+            subsystem_vendor=OXIDE,
+            subsystem=0xFFFC,
+            class_code=0x068000,
+            revision=3,
         )
         # 82441FX: memory and bus mastering are always on. 82371: all three cycles, always on.
         self.host_bridge.define(0x04, b"\x06\x00", b"\x00\x01")
