@@ -1,6 +1,7 @@
 """The 16550A from the guest's side: registers, FIFOs, interrupts, and what a driver's probe finds."""
 
 import random
+from collections.abc import Iterator
 
 import pytest
 
@@ -23,6 +24,10 @@ class Bench:
         self.rooms = 0
         self.serial.on_output = self._on_output
         self.serial.on_input_room = self._on_room
+
+    def close(self) -> None:
+        """Nothing refers to the machine any more, so that its descriptors go."""
+        self.__dict__.clear()
 
     def _on_output(self, data: bytes) -> None:
         self.printed += data
@@ -47,8 +52,10 @@ class Bench:
 
 
 @pytest.fixture
-def bench() -> Bench:
-    return Bench()
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    yield bench
+    bench.close()
 
 
 def test_power_on_state(bench: Bench) -> None:
