@@ -24,6 +24,9 @@ ONLY_ON = {"_kvm": "linux", "_uring": "linux", "_bhyve": "sunos"}
 WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Wno-sign-conversion", "-Wno-unused-parameter"]
 
 flavour = os.environ.get("PROPOLIS_BUILD") or "release"
+sources = sorted(glob("propolis/**/_*.pyx", recursive=True))
+if flavour == "none":  # scripts/setup installs editable this way and then builds the modules in place, once
+    flavour, sources = "release", []
 if flavour not in FLAVOURS:
     sys.exit(f"PROPOLIS_BUILD={flavour}: expected one of {', '.join(FLAVOURS)}")
 strict = os.environ.get("PROPOLIS_WERROR") == "1"
@@ -57,7 +60,7 @@ if __name__ == "__main__":
         package_dir={"propolis_cli": "cli"},
         options={"build": {"build_base": base}, "build_ext": {"parallel": jobs}},
         ext_modules=cythonize(
-            [extension(source) for source in sorted(glob("propolis/**/_*.pyx", recursive=True)) if wanted(source)],
+            [extension(source) for source in sources if wanted(source)],
             build_dir=f"build/cython-{flavour}",
             nthreads=jobs,
             annotate=True,
