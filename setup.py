@@ -61,7 +61,7 @@ if __name__ == "__main__":
         options={"build": {"build_base": base}, "build_ext": {"parallel": jobs}},
         ext_modules=cythonize(
             [extension(source) for source in sources if wanted(source)],
-            build_dir=f"build/cython-{flavour}",
+            build_dir="build/cython-werror" if strict else f"build/cython-{flavour}",
             nthreads=jobs,
             annotate=True,
             emit_linenums=checked,

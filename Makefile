@@ -1,0 +1,35 @@
+# Every target first sees to what it needs (scripts/setup). Settings: PROPOLIS_BUILD=debug|asan|... (setup.py),
+# PYTHON=/path/to/python3, KEEP_GOING=1, PYTEST='-k name'.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench soak build clean
+export KEEP_GOING
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: build ## boot Linux, log in, run a command, power off
+	@scripts/guest-image
+	@scripts/demo
+
+test: build ## every check and test: lint, units, tiny guests on /dev/kvm, Linux (in the lab if need be)
+	@scripts/guest-image
+	@.venv/bin/python scripts/run-tests $(PYTEST)
+
+lint: build ## ruff, cython-lint, mypy, stubtest, a build without warnings
+	@scripts/lint
+
+bench: build ## print measurements with host and commit
+	@scripts/guest-image
+	@.venv/bin/python -m pytest -q -s -p no:cacheprovider -o addopts= --import-mode=importlib -m bench tests/bench
+
+soak: build ## boot and reboot for as long as SOAK_MINUTES says
+	@scripts/guest-image
+	@.venv/bin/python -m pytest -s --timeout=0 -m soak tests/soak
+
+build: ## Debian packages, .venv, compiled modules; only what is missing
+	@scripts/setup
+
+clean: ## remove what was built, but not .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .demo
+	find propolis -name '*.so' -delete
