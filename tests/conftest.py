@@ -5,6 +5,8 @@ task; a test that uses something longer-lived (a module's fixture) is marked `sh
 """
 
 import asyncio
+import contextlib
+import functools
 import gc
 import os
 import threading
@@ -14,13 +16,14 @@ from collections.abc import Callable, Generator, Iterator
 import pytest
 import uvloop
 
+from tests.lab.probe import Verdict, probe
+
 _loops: "weakref.WeakSet[asyncio.AbstractEventLoop]" = weakref.WeakSet()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the marker of this file, and lets uvloop's first loop open what it keeps for the whole process."""
+    """Lets uvloop's first loop open what it keeps for the whole process."""
     uvloop.new_event_loop().close()
-    config.addinivalue_line("markers", "shared: uses what outlives one test; not checked for leaks")
 
 
 # -- event loops -------------------------------------------------------------------------------------------------------
@@ -38,7 +41,9 @@ def _noting(factory: Callable[[], asyncio.AbstractEventLoop]) -> Callable[[], as
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """The loops that each async test runs on."""
+    """The loops that each async test runs on; one where a guest's boot is what takes the time."""
+    if item.get_closest_marker("os") is not None:
+        return {"asyncio": _noting(asyncio.SelectorEventLoop)}
     return {"asyncio": _noting(asyncio.SelectorEventLoop), "uvloop": _noting(uvloop.new_event_loop)}
 
 
@@ -49,10 +54,8 @@ def descriptors() -> dict[int, str]:
     """Open descriptors of this process and what each refers to."""
     found = {}
     for name in os.listdir("/proc/self/fd"):
-        try:
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing itself
             found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
-        except FileNotFoundError:
-            pass  # the descriptor of the listing itself
     return found
 
 
@@ -104,18 +107,22 @@ def _tasks() -> "set[asyncio.Task[object]]":
 # -- KVM ---------------------------------------------------------------------------------------------------------------
 
 
-def _no_kvm() -> str | None:
-    try:
-        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        return f"open '/dev/kvm': {os.strerror(error.errno or 0)}"
-    return None
+@functools.cache
+def _kvm() -> Verdict:
+    return probe()
+
+
+def pytest_report_header() -> str:
+    """Which tests of real guests can run here."""
+    return f"kvm: {_kvm()}"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what needs KVM where there is none."""
-    if item.get_closest_marker("kvm") is not None and (reason := _no_kvm()) is not None:
-        pytest.skip(reason)
+    """Skips what needs more of KVM than this host has."""
+    if item.get_closest_marker("os") is not None and not _kvm().is_full:
+        pytest.skip(f"no unmodified kernel runs on this host's KVM ({_kvm()}); make test runs this in the lab")
+    if item.get_closest_marker("kvm") is not None and not _kvm().is_usable:
+        pytest.skip(str(_kvm()))
 
 
 @pytest.fixture
