@@ -1,0 +1,144 @@
+"""Who may import whom: every import and cimport between the rooms of the package follows an arrow listed here."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.source.tree import TREE, name_of, without_texts
+
+# A room is a module or a package with all below it; the longest name that fits counts. "propolis" itself, the version,
+# is open to all. An arrow to `x` covers all of x's room, not the rooms listed below it by a longer name.
+ARROWS: dict[str, set[str]] = {
+    # entry points
+    "cli": {"http.client", "spec", "errors"},
+    "daemon": {"http.router", "http.client", "spec", "config", "names", "errors"},  # never anything compiled
+    "standalone": {"standalone_config", "machine", "lifecycle", "keeper", "console", "names", "spec", "errors"},
+    "worker": {"machine", "lifecycle", "http.app", "config", "jail", "console", "keeper", "errors"},
+    "zygote": {"worker", "keeper"},
+    "keeper": {"config", "errors"},
+    # deciding
+    "http": {"lifecycle", "spec", "errors"},  # handlers see the lifecycle, never a device
+    "http.client": {"spec", "errors"},
+    "machine": {
+        "lifecycle",
+        "board",
+        "hypervisor",
+        "hypervisor.state",
+        "devices",
+        "backends",
+        "firmware",
+        "console",
+        "spec",
+        "errors",
+        "_vmm",
+    },
+    "board": {"hypervisor", "hypervisor.state", "devices", "backends", "firmware", "spec", "errors", "_vmm"},
+    "lifecycle": {"errors"},  # drives whatever machine it is given
+    # the machine's parts
+    "devices": {"_vmm", "_posix", "_atomic", "spec", "backends", "errors"},
+    "firmware": {"_vmm", "hypervisor.state", "spec", "errors"},
+    "hypervisor": {"hypervisor.state", "_vmm", "_posix", "_atomic", "errors"},
+    "hypervisor.state": {"errors"},
+    "backends": {"_vmm", "_posix", "_atomic", "errors"},
+    "console": {"errors"},
+    "_vmm": {"_posix", "_atomic", "errors"},
+    "_posix": set(),
+    "_atomic": set(),
+    # reading what the user wrote
+    "standalone_config": {"spec", "toml_table", "errors"},
+    "toml_table": {"toml_places", "errors"},
+    "toml_places": {"errors"},
+    "config": {"errors"},
+    "names": {"spec", "errors"},
+    "spec": {"errors"},
+    "errors": set(),
+}
+
+_FROM = re.compile(r"^\s*from\s+(\.*[\w.]*)\s+c?import\s+(\([^)]*\)|[^#\n\\]*(?:\\\n[^#\n\\]*)*)", re.MULTILINE)
+_IMPORT = re.compile(r"^\s*c?import\s+([\w.]+)", re.MULTILINE)
+
+
+def room(name: str) -> str:
+    """The listed room that a dotted name below the package belongs to; "" for the package itself."""
+    while name and name not in ARROWS:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def files() -> list[Path]:
+    """All of the product's source."""
+    found = [
+        path
+        for folder in ("propolis", "cli")
+        for pattern in ("*.py", "*.pyi", "*.pyx", "*.pxd")
+        for path in (TREE / folder).rglob(pattern)
+    ]
+    return sorted(path for path in found if path != TREE / "propolis/__init__.py")
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of the project that a file imports; for `from a import b`, the name a.b."""
+    source = without_texts(path.read_text())
+    own = name_of(path).split(".")
+    found = set(_IMPORT.findall(source))
+    for module, names in _FROM.findall(source):
+        base = module
+        if module.startswith("."):
+            level = len(module) - len(module.lstrip("."))
+            package = own if path.name.startswith("__init__.") else own[:-1]
+            base = ".".join([*package[: len(package) - level + 1], *filter(None, [module.lstrip(".")])])
+        listed = re.sub(r"#.*|[()\\]", "", names).replace("\n", " ").split(",")
+        found.update(f"{base}.{entry.split()[0]}" for entry in listed if entry.strip())
+    return {name.replace("propolis_cli", "cli") for name in found if name.startswith(("propolis", "cli"))}
+
+
+def room_of_file(path: Path) -> str:
+    """The room that a source file is in."""
+    return room(name_of(path).removeprefix("propolis."))
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(TREE)))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    """Each import stays in its room or follows an arrow."""
+    here = room_of_file(path)
+    assert here, f"{path.relative_to(TREE)} is in no room of ARROWS: add one, with what it may import"
+    for name in sorted(imported(path)):
+        there = room(name.removeprefix("propolis").removeprefix("."))
+        allowed = there in ("", here) or there in ARROWS[here]
+        assert allowed, f"{path.relative_to(TREE)} imports {name}: no arrow {here} -> {there}"
+
+
+def test_no_circle() -> None:
+    """The arrows point downward: nothing reaches itself."""
+
+    def reach(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [start]
+        while todo:
+            for following in ARROWS.get(todo.pop(), ()):
+                if following not in seen:
+                    seen.add(following)
+                    todo.append(following)
+        return seen
+
+    assert [name for name in ARROWS if name in reach(name)] == []
+
+
+@pytest.mark.parametrize("module", ["propolis", "propolis.daemon", "propolis.spec", "propolis_cli.main"])
+def test_nothing_compiled_is_loaded(module: str) -> None:
+    """The daemon and the command-line client start without the compiled core."""
+    show = f"import sys, {module}; print([m for m in sys.modules if m.startswith('propolis._')])"
+    result = subprocess.run([sys.executable, "-c", show], cwd=TREE, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_standalone_loads_no_web_framework() -> None:
+    """A VM that offers no API does not pay for one."""
+    if not (TREE / "propolis/standalone.py").exists():
+        pytest.skip("propolis/standalone.py does not exist yet")
+    show = "import sys, propolis.standalone; print('aiohttp' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", show], cwd=TREE, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"

@@ -1,0 +1,98 @@
+"""What a user installs: the source archive, the wheel made from it, and their commands in a clean environment."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.source.tree import COMPILED, TREE
+
+pytestmark = [pytest.mark.slow, pytest.mark.shared, pytest.mark.timeout(900)]
+
+
+def _call(*command: str | Path, cwd: Path) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PROPOLIS"))}
+    result = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, f"{command}: {result.stdout[-3000:]}{result.stderr[-3000:]}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The sdist of this tree and the wheel built from that sdist."""
+    folder = tmp_path_factory.mktemp("dist")
+    # The build requirements are in this environment already; the sdist is made from a copy without build products.
+    tree = folder / "tree"
+    listed = _call("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=TREE).splitlines()
+    for name in listed:
+        if (TREE / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_bytes((TREE / name).read_bytes())
+    _call(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, cwd=tree)
+    (sdist,) = folder.glob("*.tar.gz")
+    (wheel,) = folder.glob("*.whl")
+    return sdist, wheel
+
+
+def test_the_sdist_holds_the_sources(archives: tuple[Path, Path]) -> None:
+    """Everything a build needs, nothing that a build makes."""
+    with tarfile.open(archives[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(path.relative_to(TREE)) for path in COMPILED}
+    for path in COMPILED:
+        for suffix in (".pxd", ".pyi"):
+            if path.with_suffix(suffix).exists():
+                sources.add(str(path.with_suffix(suffix).relative_to(TREE)))
+    sources |= {str(path.relative_to(TREE)) for path in (TREE / "propolis").rglob("*.h")}
+    assert sources <= names
+    assert not [name for name in names if name.endswith((".so", ".html", ".pyc")) or name.startswith("build/")]
+    assert not {name.removesuffix(".c") for name in names if name.endswith(".c")} & {
+        name.removesuffix(".pyx") for name in sources
+    }
+
+
+def test_the_wheel_holds_what_runs(archives: tuple[Path, Path]) -> None:
+    """Modules, stubs and the marker for type checkers; no source of compiled modules."""
+    with zipfile.ZipFile(archives[1]) as archive:
+        names = set(archive.namelist())
+    assert not [name for name in names if name.endswith((".c", ".pyx", ".pxd", ".h"))]
+    assert {"propolis/py.typed", "propolis_cli/py.typed", "propolis_cli/main.py"} <= names
+    for path in COMPILED:
+        if path.stem != "_bhyve":
+            stem = str(path.relative_to(TREE).with_suffix(""))
+            assert [name for name in names if name.startswith(f"{stem}.") and name.endswith(".so")], stem
+            assert f"{stem}.pyi" in names
+    assert not [name for name in names if name.startswith(("tests", "cli/", "scripts", "docs"))]
+
+
+def test_the_wheel_works_in_a_clean_environment(archives: tuple[Path, Path], tmp_path: Path) -> None:
+    """pip installs it with its dependencies; the modules load and the commands answer."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    tools = tmp_path / "venv/bin"
+    _call(tools / "python", "-m", "pip", "install", "-q", archives[1], cwd=tmp_path)
+    version = _call(tools / "python", "-c", "import propolis; print(propolis.__version__)", cwd=tmp_path).strip()
+    for path in COMPILED:
+        if path.stem != "_bhyve":
+            name = str(path.relative_to(TREE).with_suffix("")).replace("/", ".")
+            _call(tools / "python", "-c", f"import {name}", cwd=tmp_path)
+    for command in ("propolis-standalone", "propolis-server", "propolis-cli"):
+        if command == "propolis-standalone" and not (TREE / "propolis/standalone.py").exists():
+            continue
+        assert version in _call(tools / command, "--version", cwd=tmp_path)
+
+
+def test_pip_install_of_the_tree_works(archives: tuple[Path, Path], tmp_path: Path) -> None:
+    """`pip install .`, as the readme has it, from an unpacked source archive and with build isolation."""
+    _call("tar", "-xzf", archives[0], cwd=tmp_path)
+    (tree,) = tmp_path.glob("propolis-*")
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv/bin/python"
+    _call(python, "-m", "pip", "install", "-q", ".", cwd=tree)
+    _call(python, "-c", "import propolis.hypervisor._replay", cwd=tmp_path)
