@@ -42,6 +42,7 @@ cdef class GuestMemory:
     # Every host write to guest memory ends here, after the bytes are in place. A no-op while tracking is off.
     cdef void mark_dirty(self, uint64_t gpa, uint64_t length) noexcept nogil
     cdef int _back(self, MemoryRegion *region, str backing) except -1
+    cdef int _record_dirty(self, MemoryRegion *region) except -1
     cdef uint8_t *_at(self, uint64_t gpa, uint64_t length, int access) except NULL
     cdef void _release(self) noexcept
 

@@ -127,6 +127,8 @@ cdef class GuestMemory:
         region.host = <uint8_t *>((<uint64_t>fixed + 2 * HUGE_PAGE_SIZE - 1) & ~<uint64_t>(HUGE_PAGE_SIZE - 1))
         try:
             self._back(&region, backing)
+            if self.tracking:
+                self._record_dirty(&region)
         except BaseException:
             munmap(region.reserved, region.reserved_size)
             if region.fd >= 0:
@@ -137,15 +139,17 @@ cdef class GuestMemory:
         st32_rel(&self.count, self.count + 1)  # pairs with the acquire in translate
 
     cdef int _back(self, MemoryRegion *region, str backing) except -1:
-        cdef int flags = MAP_FIXED | MAP_NORESERVE
+        cdef int flags = MAP_FIXED
         cdef unsigned int memfd_flags = MFD_CLOEXEC
         cdef void *fixed
         if backing == "anonymous":
-            flags |= MAP_PRIVATE | MAP_ANONYMOUS
+            flags |= MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
         else:
             flags |= MAP_SHARED
             if backing == "hugetlb":
-                memfd_flags |= MFD_HUGETLB
+                memfd_flags |= MFD_HUGETLB  # reserved now: a page that is missing later would be a SIGBUS
+            else:
+                flags |= MAP_NORESERVE
             region.fd = memfd_create(b"guest-memory", memfd_flags)
             if region.fd < 0 or ftruncate(region.fd, <long>region.size) < 0:
                 raise GuestMemoryError(f"create {backing} guest memory: {strerror(errno).decode()}")
@@ -206,12 +210,17 @@ cdef class GuestMemory:
         """Starts to record which pages the host writes, all clean. The hypervisor keeps the record of vCPU writes."""
         cdef uint32_t i
         for i in range(self.count):
-            if self.regions[i].dirty == NULL:
-                self.regions[i].dirty = <uint64_t *>calloc((self.regions[i].size >> PAGE_SHIFT) // 64 + 1, 8)
-                if self.regions[i].dirty == NULL:
-                    raise MemoryError
+            self._record_dirty(&self.regions[i])
         self.take_dirty()
         st32_rel(&self.tracking, 1)  # after the bitmaps exist; pairs with the acquire in mark_dirty
+
+    cdef int _record_dirty(self, MemoryRegion *region) except -1:
+        """Gives a region its bitmap."""
+        if region.dirty == NULL:
+            region.dirty = <uint64_t *>calloc((region.size >> PAGE_SHIFT) // 64 + 1, 8)
+            if region.dirty == NULL:
+                raise MemoryError
+        return 0
 
     def take_dirty(self) -> list:
         """The guest-physical addresses of the pages written since the last call, in order; marks them clean."""
@@ -238,9 +247,9 @@ cdef class GuestMemory:
             for i in range(self.count)
         ]
 
-    def host_address(self, gpa: int, length: int) -> int:
-        """Where the VMM sees this range; for hypervisor back ends."""
-        return <uint64_t>self._at(gpa, length, ACCESS_READ)
+    def host_address(self, gpa: int, length: int, writable: bool = False) -> int:
+        """Where the VMM sees this range, which the guest may read, or also write; for hypervisor back ends."""
+        return <uint64_t>self._at(gpa, length, ACCESS_READ | ACCESS_WRITE if writable else ACCESS_READ)
 
     def read(self, gpa: int, length: int) -> bytes:
         """Copies bytes out of guest memory. Raises GuestMemoryError."""
