@@ -564,8 +564,8 @@ cdef class Window(Region):
         """Adds a part; parts do not overlap, and are added before the window is placed."""
         cdef uint32_t i = self.parts.count
         cdef uint64_t base = offset
-        cdef uint64_t last = offset + length - 1
-        if length <= 0 or self.parts.count == MAX_PARTS:
+        cdef uint64_t last = base + (<uint64_t>length - 1)
+        if length == 0 or last < base or self.parts.count == MAX_PARTS:
             raise HypervisorError(f"{self.name}: no room for {region.name}")
         while i > 0 and self.parts.at[i - 1].base > last:
             self.parts.at[i] = self.parts.at[i - 1]

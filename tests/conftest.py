@@ -73,10 +73,21 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Notes a failure: its traceback keeps the test's objects, which is no leak."""
+    try:
+        return (yield)
+    except BaseException:
+        item.stash[_FAILED] = True
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
     """Compares once everything of the test is gone."""
     result = yield
-    if item.get_closest_marker("shared") is None:
+    getattr(item, "funcargs", {}).clear()  # pytest keeps the values of fixtures a little longer than the fixtures
+    if item.get_closest_marker("shared") is None and not item.stash.get(_FAILED, False):
         left = _left_behind(*item.stash[_BEFORE])
         if left:
             gc.collect()  # what only a cycle keeps is not lost
@@ -86,6 +97,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
     return result
 
 
+_FAILED = pytest.StashKey[bool]()
 _BEFORE = pytest.StashKey[tuple[dict[int, str], set[threading.Thread]]]()
 
 

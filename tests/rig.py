@@ -1,0 +1,187 @@
+"""A machine reduced to what the tests of the core need: a VM, its vCPU threads and the mailbox. No event loop."""
+
+import select
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from propolis.hypervisor import MachineVcpu, MachineVm
+from propolis.hypervisor._kvm import KvmVcpu, KvmVm
+from propolis.hypervisor._replay import ReplayVcpu, ReplayVm
+from propolis.hypervisor.cpuid import Interface, machine_cpuid, vcpu_cpuid
+from propolis.hypervisor.state import Registers, Segment
+
+PARKED, SHUTDOWN, FAILED, ENDED = 1, 2, 4, 8  # VcpuEvent in _vmm.pxd
+
+CODE = 0x1000  # where tiny guests begin, in real mode
+MEMORY = 1 << 20
+
+V = TypeVar("V", bound=MachineVcpu)
+
+
+class Rig(Generic[V]):
+    """Runs vCPUs on threads of their own; leaves nothing behind when it is closed."""
+
+    def __init__(self, vm: MachineVm) -> None:
+        self.vm = vm
+        self.vcpus: list[V] = []
+        self.events: list[list[int]] = []  # of each vCPU, in order of arrival
+        self.threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def hear(self) -> Callable[[int], object]:
+        """What the next vCPU's events go to."""
+        events: list[int] = []
+        self.events.append(events)
+        return events.append
+
+    def start(self, *, released: bool = True) -> None:
+        """A thread for each vCPU."""
+        for vcpu in self.vcpus:
+            thread = threading.Thread(target=vcpu.run, name=f"vcpu-{vcpu.index}", daemon=True)
+            thread.start()
+            self.threads.append(thread)
+        if released:
+            self.release()
+
+    def until(self, what: str, reached: Callable[[], bool], timeout: float = 20.0) -> None:
+        """Serves the mailbox until `reached()`, which an event makes true."""
+        deadline = time.monotonic() + timeout
+        while True:
+            self.vm.mailbox.dispatch()
+            if reached():
+                return
+            if time.monotonic() > deadline:
+                raise AssertionError(f"missing after {timeout:g} s: {what}; events {self.events}")
+            select.select([self.vm.mailbox.fileno()], [], [], 0.5)
+
+    def hold(self) -> None:
+        """Holds every vCPU and waits until all are parked."""
+        for vcpu in self.vcpus:
+            vcpu.hold()
+        self.parked()
+
+    def parked(self) -> None:
+        """Waits until all vCPUs are parked."""
+        self.until("every vCPU parked", lambda: all(vcpu.is_parked for vcpu in self.vcpus))
+
+    def release(self) -> None:
+        """Lets every vCPU run."""
+        for vcpu in self.vcpus:
+            vcpu.release()
+
+    def saw(self, bits: int, index: int = 0) -> bool:
+        """Whether this vCPU has sent all of these event bits."""
+        seen = 0
+        for event in self.events[index]:
+            seen |= event
+        return seen & bits == bits
+
+    def exits(self, kind: str) -> int:
+        """How many exits of a kind all vCPUs had."""
+        return sum(vcpu.stats()[kind] for vcpu in self.vcpus)
+
+    def spin_until(self, what: str, reached: Callable[[], bool], timeout: float = 20.0) -> None:
+        """Waits for what no event announces: a counter of a running vCPU, a byte that the guest writes."""
+        deadline = time.monotonic() + timeout
+        while not reached():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"missing after {timeout:g} s: {what}; events {self.events}")
+            time.sleep(0.0002)
+
+    def close(self) -> None:
+        """Stops and joins the threads, closes the vCPUs and the VM."""
+        for vcpu in self.vcpus:
+            vcpu.stop()
+        for thread in self.threads:
+            thread.join(timeout=20)
+            assert not thread.is_alive(), f"{thread.name} did not end"
+        self.threads.clear()
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self.vm.close()
+
+
+def replay(*scripts: Sequence[tuple[Any, ...]], rounds: int = 1) -> Rig[ReplayVcpu]:
+    """A machine with one replayed vCPU for each script."""
+    rig: Rig[ReplayVcpu] = Rig(ReplayVm())
+    for index, script in enumerate(scripts):
+        rig.vcpus.append(ReplayVcpu(rig.vm, index, rig.hear(), list(script), rounds))
+    return rig
+
+
+def kvm(
+    kvm_fd: int,
+    code: bytes = b"",
+    *,
+    cpus: int = 1,
+    interface: Interface = "kvm",
+    memory: int = MEMORY,
+    read_only: tuple[int, int] | None = None,
+) -> Rig[KvmVcpu]:
+    """A machine on KVM with RAM at 0; vCPU 0 is in real mode at CODE, where `code` is."""
+    rig: Rig[KvmVcpu] = Rig(KvmVm(kvm_fd))
+    vm = rig.vm
+    assert isinstance(vm, KvmVm)
+    try:
+        vm.memory.add(0, memory)
+        if read_only is not None:
+            vm.memory.add(*read_only, read_only=True)
+        vm.map_memory()
+        shared = machine_cpuid(vm.supported_cpuid(), cpus, interface, vm.has_deadline_timer())
+        for index in range(cpus):
+            vcpu = KvmVcpu(vm, index, rig.hear())
+            rig.vcpus.append(vcpu)
+            vcpu.set_cpuid(vcpu_cpuid(shared, index))
+        vm.memory.write(CODE, code)
+        rig.vcpus[0].set_registers(real_mode(CODE))
+    except BaseException:
+        rig.close()
+        raise
+    return rig
+
+
+def real_mode(ip: int, **values: int) -> Registers:
+    """Registers of flat real mode: every segment at 0."""
+    data = Segment(limit=0xFFFF, type=3, s=1, present=1)
+    return Registers(
+        rip=ip,
+        rsp=values.pop("rsp", 0x8000),
+        cs=Segment(limit=0xFFFF, type=0xB, s=1, present=1),
+        ds=data,
+        es=data,
+        fs=data,
+        gs=data,
+        ss=data,
+        tr=Segment(limit=0xFFFF, type=0xB, present=1),
+        ldt=Segment(limit=0xFFFF, type=2, present=1),
+        **values,
+    )
+
+
+def protected_mode(ip: int, **values: int) -> Registers:
+    """Registers of flat 32-bit protected mode without paging: 4 GiB segments, selectors 8 and 0x10."""
+    data = Segment(limit=0xFFFF_FFFF, selector=0x10, type=3, s=1, present=1, db=1, g=1)
+    return Registers(
+        rip=ip,
+        rsp=values.pop("rsp", 0x8000),
+        cr0=values.pop("cr0", 0x11),
+        cs=Segment(limit=0xFFFF_FFFF, selector=8, type=0xB, s=1, present=1, db=1, g=1),
+        ds=data,
+        es=data,
+        fs=data,
+        gs=data,
+        ss=data,
+        tr=Segment(limit=0xFFFF, type=0xB, present=1),
+        ldt=Segment(limit=0xFFFF, type=2, present=1),
+        **values,
+    )
