@@ -83,8 +83,8 @@ cdef class Bus:
     cdef void *table                     # Table, sorted by base; published with release, read with acquire
     cdef Table wanted                    # in order of rank: what should be mapped; under: lock
     cdef Table *spare                    # the table that is not published; under: lock
-    cdef Reader *readers[MAX_READERS]    # written by: loop, before the vCPU threads start
-    cdef uint32_t reader_count
+    cdef Reader *readers[MAX_READERS]    # of Python callers and of each vCPU while it exists; under: lock
+    cdef uint32_t reader_count           # under: lock
     cdef Reader own                      # the reader of Python callers; under: GIL
     cdef uint64_t missed                 # accesses nobody answered; relaxed
     cdef pthread_mutex_t lock
@@ -168,7 +168,6 @@ cdef class Vm:
     cdef readonly Mailbox mailbox
     cdef pthread_mutex_t irq_lock
     cdef uint16_t asserted[24]           # lines up on each input; under: irq_lock
-    cdef list vcpus                      # written by: loop
 
     # 0 or -errno.
     cdef int set_irq(self, uint32_t gsi, bint level) noexcept nogil

@@ -541,17 +541,21 @@ cdef class Bus:
         """A vCPU of this machine will read the table."""
         if self.reader_count == MAX_READERS:
             raise HypervisorError(f"{self.name}: more than {MAX_READERS - 1} vCPUs")
+        pthread_mutex_lock(&self.lock)
         self.readers[self.reader_count] = reader
         self.reader_count += 1
+        pthread_mutex_unlock(&self.lock)
         return 0
 
     cdef void _dismiss(self, Reader *reader) noexcept:
         cdef uint32_t i
+        pthread_mutex_lock(&self.lock)
         for i in range(self.reader_count):
             if self.readers[i] == reader:
                 self.reader_count -= 1
                 self.readers[i] = self.readers[self.reader_count]
-                return
+                break
+        pthread_mutex_unlock(&self.lock)
 
 
 cdef class Window(Region):
@@ -655,6 +659,10 @@ cdef class IrqLine:
     def drive(self, level: bool) -> None:
         """Raises or lowers the line; for devices written in Python."""
         self.set(level)
+
+    def reroute(self, pin: int) -> None:
+        """Wires the line to another input of the interrupt controllers; to none if there is no such input."""
+        self.route(pin)
 
     def state(self) -> tuple:
         """(pin, level)."""
@@ -834,7 +842,6 @@ cdef class Vm:
         self.pio = Bus("port", True)
         self.mmio = Bus("physical address", False)
         self.mailbox = Mailbox()
-        self.vcpus = []
         pthread_mutex_init(&self.irq_lock, NULL)
 
     def __dealloc__(self) -> None:
@@ -894,7 +901,6 @@ cdef class Vcpu:
         pthread_cond_init(&self.changed, NULL)
         vm.pio._enrol(&self.pio_reader)
         vm.mmio._enrol(&self.mmio_reader)
-        vm.vcpus.append(self)
 
     def __dealloc__(self) -> None:
         if self.vm is not None:

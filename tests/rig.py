@@ -54,15 +54,15 @@ class Rig(Generic[V]):
             self.release()
 
     def until(self, what: str, reached: Callable[[], bool], timeout: float = 20.0) -> None:
-        """Serves the mailbox until `reached()`, which an event makes true."""
+        """Serves the mailbox until `reached()`. Looks again after an event only: one that is lost is a failure."""
         deadline = time.monotonic() + timeout
         while True:
             self.vm.mailbox.dispatch()
             if reached():
                 return
-            if time.monotonic() > deadline:
+            left = max(0, deadline - time.monotonic())
+            if not select.select([self.vm.mailbox.fileno()], [], [], left)[0]:
                 raise AssertionError(f"missing after {timeout:g} s: {what}; events {self.events}")
-            select.select([self.vm.mailbox.fileno()], [], [], 0.5)
 
     def hold(self) -> None:
         """Holds every vCPU and waits until all are parked."""
