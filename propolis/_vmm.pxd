@@ -226,6 +226,6 @@ cdef class Vcpu:
     cdef void set_immediate_exit(self, bint on) noexcept nogil
     cdef void _loop(self) noexcept nogil
     cdef bint _park(self) noexcept nogil             # False: leave the loop
-    cdef void _give_up(self, uint32_t event) noexcept nogil
+    cdef bint _give_up(self, uint32_t event) noexcept nogil  # False: leave the loop
     cdef void _kick(self) noexcept nogil
     cdef void _command(self, uint32_t control) noexcept

@@ -952,9 +952,11 @@ cdef class Vcpu:
                 if ld32_acq(&self.control) != CONTROL_RUN and not self._park():
                     return
             elif kind == EXIT_SHUTDOWN:
-                self._give_up(VCPU_SHUTDOWN)
+                if not self._give_up(VCPU_SHUTDOWN):
+                    return
             elif kind == EXIT_FAILED:
-                self._give_up(VCPU_FAILED)
+                if not self._give_up(VCPU_FAILED):
+                    return
 
     cdef bint _park(self) noexcept nogil:
         cdef bint go_on
@@ -969,14 +971,14 @@ cdef class Vcpu:
         pthread_mutex_unlock(&self.lock)
         return go_on
 
-    cdef void _give_up(self, uint32_t event) noexcept nogil:
-        """Holds itself after an exit it cannot answer and tells the loop, which decides what happens next."""
+    cdef bint _give_up(self, uint32_t event) noexcept nogil:
+        """Tells the loop of an exit it cannot answer, and parks at once: another entry may fail for good."""
         pthread_mutex_lock(&self.lock)
         if self.control == CONTROL_RUN:
             self.control = CONTROL_HOLD
-        self.set_immediate_exit(True)
         pthread_mutex_unlock(&self.lock)
         self.vm.mailbox.post(self.slot, event)
+        return self._park()
 
     cdef void _kick(self) noexcept nogil:
         """Under the lock, after the control word was stored."""

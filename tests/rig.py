@@ -1,5 +1,6 @@
 """A machine reduced to what the tests of the core need: a VM, its vCPU threads and the mailbox. No event loop."""
 
+import random
 import select
 import threading
 import time
@@ -7,6 +8,9 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+import msgspec
+
+from propolis._vmm import GuestMemory
 from propolis.hypervisor import MachineVcpu, MachineVm
 from propolis.hypervisor._kvm import KvmVcpu, KvmVm
 from propolis.hypervisor._replay import ReplayVcpu, ReplayVm
@@ -150,6 +154,28 @@ def kvm(
     return rig
 
 
+def sequence(machine: Rig[Any], steps: int, running: Callable[[Any, dict[str, int]], bool]) -> None:
+    """A seeded sequence of commands. Every hold is answered by its event, every release by progress."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    dice = random.Random(seed)
+    for _ in range(steps):
+        vcpus = dice.sample(machine.vcpus, dice.randint(1, len(machine.vcpus)))
+        for vcpu in vcpus:
+            for _ in range(dice.randrange(4)):  # commands that overtake each other
+                dice.choice((vcpu.hold, vcpu.release))()
+        if dice.random() < 0.2:
+            time.sleep(dice.random() * 0.0003)
+        wanted = dice.random() < 0.5
+        for vcpu in vcpus:
+            (vcpu.hold if wanted else vcpu.release)()
+        if wanted:
+            machine.until("held vCPUs parked", lambda: all(vcpu.is_parked for vcpu in vcpus))
+        else:
+            before = [(vcpu, vcpu.stats()) for vcpu in vcpus]
+            machine.spin_until("released vCPUs ran", lambda: all(running(vcpu, then) for vcpu, then in before))
+
+
 def real_mode(ip: int, **values: int) -> Registers:
     """Registers of flat real mode: every segment at 0."""
     data = Segment(limit=0xFFFF, type=3, s=1, present=1)
@@ -184,4 +210,20 @@ def protected_mode(ip: int, **values: int) -> Registers:
         tr=Segment(limit=0xFFFF, type=0xB, present=1),
         ldt=Segment(limit=0xFFFF, type=2, present=1),
         **values,
+    )
+
+
+def long_mode(memory: GuestMemory, ip: int, **values: int) -> Registers:
+    """Registers of 64-bit mode, the first 4 GiB mapped one to one; its page tables are put at 0x70000."""
+    tables = 0x7_0000
+    memory.write(tables, (tables + 0x1000 | 3).to_bytes(8, "little"))
+    for number in range(4):
+        memory.write(tables + 0x1000 + 8 * number, (tables + 0x2000 + 0x1000 * number | 3).to_bytes(8, "little"))
+        entries = (number << 30 | entry << 21 | 0x83 for entry in range(512))
+        memory.write(
+            tables + 0x2000 + 0x1000 * number, b"".join(entry.to_bytes(8, "little") for entry in entries)
+        )
+    flat = protected_mode(ip, cr0=0x8000_0011, cr3=tables, cr4=0x20, efer=0x500, **values)
+    return msgspec.structs.replace(
+        flat, cs=msgspec.structs.replace(flat.cs, l=1, db=0), tr=msgspec.structs.replace(flat.tr, limit=0x67)
     )

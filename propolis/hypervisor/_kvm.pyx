@@ -383,7 +383,8 @@ cdef class KvmVcpu(Vcpu):
         call(self.fd, kvm.KVM_SET_MP_STATE, &p.mp_state, "reset the multiprocessor state")
 
     cdef void set_immediate_exit(self, bint on) noexcept nogil:
-        kvm.kvm_run_set_immediate_exit(self.run_area, on)
+        if self.run_area != NULL:  # a closed vCPU may still be told to stop
+            kvm.kvm_run_set_immediate_exit(self.run_area, on)
 
     cdef int enter(self) noexcept nogil:
         cdef kvm.kvm_run *run = self.run_area

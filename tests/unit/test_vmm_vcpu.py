@@ -3,7 +3,6 @@
 import random
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -220,28 +219,6 @@ def test_a_held_vcpu_does_nothing() -> None:
             )
 
 
-def sequence(machine: "rig.Rig[Any]", steps: int, running: Callable[[Any, dict[str, int]], bool]) -> None:
-    """A seeded sequence of commands. Every hold is answered by its event, every release by progress."""
-    seed = random.randrange(1 << 32)
-    print("seed", seed)
-    dice = random.Random(seed)
-    for _ in range(steps):
-        vcpus = dice.sample(machine.vcpus, dice.randint(1, len(machine.vcpus)))
-        for vcpu in vcpus:
-            for _ in range(dice.randrange(4)):  # commands that overtake each other
-                dice.choice((vcpu.hold, vcpu.release))()
-        if dice.random() < 0.2:
-            time.sleep(dice.random() * 0.0003)
-        wanted = dice.random() < 0.5
-        for vcpu in vcpus:
-            (vcpu.hold if wanted else vcpu.release)()
-        if wanted:
-            machine.until("held vCPUs parked", lambda: all(vcpu.is_parked for vcpu in vcpus))
-        else:
-            before = [(vcpu, vcpu.stats()) for vcpu in vcpus]
-            machine.spin_until("released vCPUs ran", lambda: all(running(vcpu, then) for vcpu, then in before))
-
-
 @pytest.mark.parametrize("cpus", [1, 2, 4])
 @pytest.mark.parametrize(("name", "script"), [("exits", SPIN), ("strings", STRINGS), ("retries", [("retry",)])])
 def test_no_wake_up_is_lost_with_exits_in_flight(name: str, script: list[tuple[Any, ...]], cpus: int) -> None:
@@ -249,7 +226,7 @@ def test_no_wake_up_is_lost_with_exits_in_flight(name: str, script: list[tuple[A
     kind = {"exits": "pio", "strings": "pio", "retries": "retry"}[name]
     with rig.replay(*[script] * cpus, rounds=FOREVER) as machine:
         machine.start()
-        sequence(machine, 1000, lambda vcpu, then: vcpu.stats()[kind] > then[kind])
+        rig.sequence(machine, 1000, lambda vcpu, then: vcpu.stats()[kind] > then[kind])
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 4])
@@ -257,7 +234,7 @@ def test_no_wake_up_is_lost_while_idle(cpus: int) -> None:
     """A vCPU that waits inside the hypervisor, as one that executed HLT does."""
     with rig.replay(*[IDLE] * cpus) as machine:
         machine.start()
-        sequence(machine, 1000, lambda vcpu, then: not vcpu.is_parked)
+        rig.sequence(machine, 1000, lambda vcpu, then: not vcpu.is_parked)
 
 
 @pytest.mark.parametrize("script", [SPIN, IDLE])
