@@ -154,6 +154,25 @@ def kvm(
     return rig
 
 
+STARTED = 0x5000  # a word that counts application processors
+_BROADCAST = bytes.fromhex(  # in protected mode: INIT, then SIPI to 0x2000, to all but self; then wait
+    "c7 05 00 03 e0 fe 00 45 0c 00 c7 05 00 03 e0 fe 02 46 0c 00 eb fe"
+)
+_ARRIVED = bytes.fromhex("f0 ff 06 00 50 eb fe")  # in real mode: lock inc word [STARTED]; wait
+
+
+def wake(machine: Rig[KvmVcpu]) -> None:
+    """Starts the threads and, by INIT and SIPI from vCPU 0, all other vCPUs; then holds them all."""
+    memory = machine.vm.memory
+    memory.write(0x2000, _ARRIVED)
+    memory.write(0x3000, _BROADCAST)
+    machine.vcpus[0].set_registers(protected_mode(0x3000))
+    machine.start()
+    others = (len(machine.vcpus) - 1).to_bytes(2, "little")
+    machine.spin_until("every vCPU has started", lambda: memory.read(STARTED, 2) == others)
+    machine.hold()
+
+
 def sequence(machine: Rig[Any], steps: int, running: Callable[[Any, dict[str, int]], bool]) -> None:
     """A seeded sequence of commands. Every hold is answered by its event, every release by progress."""
     seed = random.randrange(1 << 32)
