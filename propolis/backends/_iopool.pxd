@@ -1,0 +1,36 @@
+"""Threads that do blocking block I/O without ever running Python."""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from posix.uio cimport iovec
+
+from propolis._posix cimport pthread_cond_t, pthread_mutex_t
+from propolis.backends.block._engine cimport Engine, Extent, Io
+
+cdef enum:
+    ZERO_BYTES = 65536
+    ZERO_VECTORS = 16        # one write of zeros covers up to a MiB
+
+cdef class IoPool:
+    cdef pthread_mutex_t lock
+    cdef pthread_cond_t work
+    cdef Io *first                       # under: lock
+    cdef Io *last                        # under: lock
+    cdef uint32_t idle                   # threads that wait; under: lock
+    cdef bint stopping                   # under: lock
+    cdef uint64_t performed              # under: lock
+    cdef list threads                    # written by: loop
+    cdef list engines                    # keeps them alive while a thread may touch them; written by: loop
+    cdef uint8_t *zeros
+    cdef iovec zero_vectors[ZERO_VECTORS]
+
+    cdef void enqueue(self, Io *first, Io *last, uint32_t count) noexcept nogil
+    cdef void _serve(self) noexcept nogil
+    cdef int _perform(self, int fd, Io *io) noexcept nogil
+    cdef int _zero(self, int fd, const Extent *extent) noexcept nogil
+
+cdef class PoolEngine(Engine):
+    cdef IoPool pool
+    cdef int file                        # borrowed descriptor: the backend closes it after this engine
+    cdef Io *batch_first                 # submitted, not committed; written by: the submitter
+    cdef Io *batch_last
+    cdef uint32_t batch_count

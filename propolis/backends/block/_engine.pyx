@@ -1,0 +1,157 @@
+"""The completion side that all block engines share, and a way to run single operations from Python."""
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.errno cimport EOPNOTSUPP
+from libc.string cimport memset, strerror
+from posix.unistd cimport close
+
+from propolis._posix cimport (
+    EFD_CLOEXEC,
+    EFD_NONBLOCK,
+    eventfd,
+    eventfd_read,
+    eventfd_write,
+    pthread_mutex_destroy,
+    pthread_mutex_init,
+    pthread_mutex_lock,
+    pthread_mutex_unlock,
+)
+
+from propolis.errors import BackendError
+
+OPERATIONS = {"read": IO_READ, "write": IO_WRITE, "flush": IO_FLUSH, "discard": IO_DISCARD, "zero": IO_ZERO}
+
+
+@cython.no_gc_clear
+cdef class Engine:
+    """Where the requests of one queue go. This base refuses them all."""
+
+    def __cinit__(self, *args: object, **kwargs: object) -> None:
+        pthread_mutex_init(&self.done_lock, NULL)
+        self.operations = set()
+        self.fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if self.fd < 0:
+            raise BackendError("create an eventfd for a block engine")
+
+    def __dealloc__(self) -> None:
+        if self.fd >= 0:
+            close(self.fd)
+        pthread_mutex_destroy(&self.done_lock)
+
+    cdef void submit(self, Io *io) noexcept nogil:
+        self.pending += 1
+        io.engine = <void *>self
+        io.result = -EOPNOTSUPP
+        self.complete(io)
+
+    cdef void commit(self) noexcept nogil:
+        pass
+
+    cdef void complete(self, Io *io) noexcept nogil:
+        cdef bint first
+        io.next = NULL
+        pthread_mutex_lock(&self.done_lock)
+        first = self.done_first == NULL
+        if first:
+            self.done_first = io
+        else:
+            self.done_last.next = io
+        self.done_last = io
+        # Inside the lock: once the submitter has reaped its last record it may drop the engine and this descriptor.
+        if first:
+            eventfd_write(self.fd, 1)
+        pthread_mutex_unlock(&self.done_lock)
+
+    cdef Io *reap(self) noexcept nogil:
+        cdef uint64_t value = 0
+        cdef Io *first
+        cdef Io *io
+        eventfd_read(self.fd, &value)  # before the list: what completes after we took it rings again
+        pthread_mutex_lock(&self.done_lock)
+        first = self.done_first
+        self.done_first = self.done_last = NULL
+        pthread_mutex_unlock(&self.done_lock)
+        io = first
+        while io != NULL:
+            self.pending -= 1
+            io = io.next
+        return first
+
+    # -- single operations, for control paths and tests ----------------------------------------------------------------
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def start(self, Operation operation) -> None:
+        """Submits one operation; `finished` returns it when fileno() becomes readable."""
+        if operation in self.operations:
+            raise ValueError("the operation is in flight")
+        self.operations.add(operation)
+        self.submit(&operation.io)
+        self.commit()
+
+    def finished(self) -> list:
+        """The operations that completed since the last call."""
+        cdef Io *io = self.reap()
+        found = []
+        while io != NULL:
+            operation = <Operation>io.owner
+            io = io.next
+            self.operations.discard(operation)
+            found.append(operation)
+        return found
+
+    @property
+    def pending_count(self) -> int:
+        return self.pending
+
+    def close(self) -> bool:
+        """True once nothing is pending, when it may be dropped."""
+        return self.pending == 0
+
+
+@cython.no_gc_clear
+cdef class Operation:
+    """One read, write, flush, discard or zero of a backend, from Python. `buffers` stay exported until it goes."""
+
+    cdef Io io
+    cdef iovec vectors[16]
+    cdef Py_buffer views[16]
+    cdef uint32_t views_count
+
+    def __init__(self, name: str, offset: int = 0, buffers: object = (), length: int = 0, unmap: bool = False,
+                 durable: bool = False) -> None:
+        cdef uint32_t i
+        memset(&self.io, 0, sizeof(self.io))
+        if name not in OPERATIONS or len(buffers) > 16:
+            raise ValueError(f"block operation {name!r} with {len(buffers)} buffers")
+        self.io.op = OPERATIONS[name]
+        self.io.offset = offset
+        self.io.durable = durable
+        self.io.owner = <void *>self
+        self.io.iov = self.vectors
+        for buffer in buffers:
+            i = self.views_count
+            PyObject_GetBuffer(buffer, &self.views[i], PyBUF_WRITABLE if name == "read" else PyBUF_SIMPLE)
+            self.views_count += 1
+            self.vectors[i].iov_base = self.views[i].buf
+            self.vectors[i].iov_len = <size_t>self.views[i].len
+            self.io.length += <uint64_t>self.views[i].len
+        self.io.iov_count = self.views_count
+        if name in ("discard", "zero"):
+            self.io.extent_count = 1
+            self.io.extents[0] = Extent(offset=offset, length=length, unmap=unmap)
+
+    def __dealloc__(self) -> None:
+        for i in range(self.views_count):
+            PyBuffer_Release(&self.views[i])
+
+    @property
+    def error(self) -> int:
+        """0, or the errno that it failed with."""
+        return -self.io.result
+
+    @property
+    def message(self) -> str:
+        return strerror(-self.io.result).decode()
