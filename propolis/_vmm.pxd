@@ -176,6 +176,7 @@ cdef class Vm:
     cdef int assign_doorbell(self, int fd, bint is_pio, uint64_t address, bint assign) noexcept nogil
     # A route for a lent MSI vector: `gsi` -1 asks for a new one, returned; later calls change its message.
     cdef int route_msi(self, int32_t gsi, uint64_t address, uint32_t data) noexcept nogil
+    cdef void unroute_msi(self, int32_t gsi) noexcept nogil   # its irqfd is unassigned already
     cdef int assign_irqfd(self, int fd, int32_t gsi, bint assign) noexcept nogil
 
 cdef enum ExitKind:

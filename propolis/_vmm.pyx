@@ -669,6 +669,7 @@ cdef class IrqLine:
         return self.pin, bool(self.level)
 
 
+@cython.no_gc_clear
 cdef class MsiVector:
     def __init__(self, Vm vm) -> None:
         self.vm = vm
@@ -704,10 +705,13 @@ cdef class MsiVector:
                 raise HypervisorError(f"route an MSI vector: {strerror(-gsi).decode()}")
             fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
             if fd < 0:
-                raise HypervisorError(f"create an eventfd: {strerror(errno).decode()}")
+                error = strerror(errno).decode()
+                self.vm.unroute_msi(gsi)
+                raise HypervisorError(f"create an eventfd: {error}")
             gsi_error = self.vm.assign_irqfd(fd, gsi, True)
             if gsi_error < 0:
                 close(fd)
+                self.vm.unroute_msi(gsi)
                 raise HypervisorError(f"assign an irqfd: {strerror(-gsi_error).decode()}")
             self.gsi = gsi
             self.fd = fd
@@ -722,7 +726,10 @@ cdef class MsiVector:
 
     def __dealloc__(self) -> None:
         if self.fd >= 0:
-            close(self.fd)  # the kernel drops an irqfd with its last reference
+            # Who borrowed the descriptor may keep it: it must not fire the next owner of the route.
+            self.vm.assign_irqfd(self.fd, self.gsi, False)
+            self.vm.unroute_msi(self.gsi)
+            close(self.fd)
 
 
 cdef class Doorbell(Region):
@@ -858,6 +865,9 @@ cdef class Vm:
 
     cdef int route_msi(self, int32_t gsi, uint64_t address, uint32_t data) noexcept nogil:
         return -ENOSYS
+
+    cdef void unroute_msi(self, int32_t gsi) noexcept nogil:
+        pass
 
     cdef int assign_irqfd(self, int fd, int32_t gsi, bint assign) noexcept nogil:
         return -ENOSYS

@@ -234,7 +234,9 @@ cdef class KvmVm(Vm):
         cdef int result
         pthread_mutex_lock(&self.route_lock)
         if gsi < 0:
-            index = self.routes.nr
+            index = self.first_msi_route
+            while index < self.routes.nr and not self.routes.unused[index]:
+                index += 1
             gsi = <int32_t>(FIRST_MSI_GSI + index - self.first_msi_route)
         else:
             index = <uint32_t>gsi - FIRST_MSI_GSI + self.first_msi_route
@@ -244,9 +246,17 @@ cdef class KvmVm(Vm):
             kvm.propolis_route_msi(&self.routes, index, <uint32_t>gsi, address, data)
             if index == self.routes.nr:
                 self.routes.nr += 1
+            self.routes.unused[index] = False
             result = -errno if kvm.ioctl(self.fd, kvm.KVM_SET_GSI_ROUTING, &self.routes) < 0 else gsi
         pthread_mutex_unlock(&self.route_lock)
         return result
+
+    cdef void unroute_msi(self, int32_t gsi) noexcept nogil:
+        cdef uint32_t index = <uint32_t>gsi - FIRST_MSI_GSI + self.first_msi_route
+        if index >= self.first_msi_route and index < self.routes.nr:
+            pthread_mutex_lock(&self.route_lock)
+            self.routes.unused[index] = True
+            pthread_mutex_unlock(&self.route_lock)
 
     cdef int assign_irqfd(self, int fd, int32_t gsi, bint assign) noexcept nogil:
         cdef kvm.kvm_irqfd request

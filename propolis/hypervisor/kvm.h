@@ -36,6 +36,7 @@ struct propolis_routes {
     uint32_t nr;
     uint32_t flags;
     struct kvm_irq_routing_entry entries[PROPOLIS_MAX_ROUTES];
+    uint8_t unused[PROPOLIS_MAX_ROUTES]; /* MSI routes that nobody has any more; the kernel reads no further than nr */
 };
 
 static inline void propolis_route_chip(struct propolis_routes *r, uint32_t gsi, uint32_t chip, uint32_t pin)

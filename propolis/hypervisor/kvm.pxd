@@ -110,6 +110,7 @@ cdef extern from "propolis/hypervisor/kvm.h" nogil:
 
     struct propolis_routes:
         uint32_t nr
+        unsigned char *unused
 
     void kvm_run_set_immediate_exit(kvm_run *run, bint on)
     bint kvm_run_io_is_out(const kvm_run *run)
