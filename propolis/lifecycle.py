@@ -80,6 +80,8 @@ class Machine(Protocol):
 
 
 _ALIVE = {State.STARTING, State.RUNNING, State.PAUSED, State.REBOOTING}
+_OPPOSITE = {Request.RUN: Request.PAUSE, Request.PAUSE: Request.RUN}
+_RESETS = {GuestEvent.RESET, GuestEvent.TRIPLE_FAULT}
 
 
 def admit(state: State, pending: frozenset[Request], request: Request) -> Verdict:
@@ -94,8 +96,9 @@ def admit(state: State, pending: frozenset[Request], request: Request) -> Verdic
     if state is State.CREATING:
         raise StateError(f"cannot {request.value}: the VM has not been started")
     if request is Request.PAUSE:
-        return Verdict.IGNORE if state is State.PAUSED or Request.PAUSE in pending else Verdict.ACCEPT
-    if state is State.PAUSED:
+        paused = state is State.PAUSED and Request.RUN not in pending
+        return Verdict.IGNORE if paused or Request.PAUSE in pending else Verdict.ACCEPT
+    if state is State.PAUSED or Request.PAUSE in pending:
         raise StateError(f"cannot {request.value}: the VM is paused")
     if request in pending or (request is Request.REBOOT and state is State.REBOOTING):
         return Verdict.IGNORE
@@ -108,7 +111,7 @@ class Lifecycle:
     def __init__(self, machine: Machine, *, reboot_ends: bool = False) -> None:
         self._machine = machine
         self._reboot_ends = reboot_ends  # a reset by the guest ends the VM instead
-        self._requests: dict[Request, None] = {}  # in order, each once
+        self._requests: dict[Request, None] = {}  # in order, each once, until it is done
         self._events: set[GuestEvent] = set()
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
@@ -119,6 +122,7 @@ class Lifecycle:
     def request(self, request: Request) -> None:
         """Queues a request. Raises StateError when the present state does not admit it."""
         if admit(self.record.state, frozenset(self._requests), request) is Verdict.ACCEPT:
+            self._requests.pop(_OPPOSITE.get(request, request), None)  # the last word counts
             self._requests[request] = None
             self._wake.set()
 
@@ -149,25 +153,30 @@ class Lifecycle:
         return self.record
 
     async def _serve(self) -> None:
-        while not self.record.state.is_final and (self._events or self._requests):
+        while not self.record.state.is_final:
             if GuestEvent.FAILURE in self._events:
                 await self._fail(self._machine.failure_text())
             elif GuestEvent.POWER_OFF in self._events:
                 await self._stop("the guest powered off")
-            elif self._events & {GuestEvent.RESET, GuestEvent.TRIPLE_FAULT}:
-                cause = "triple fault" if GuestEvent.TRIPLE_FAULT in self._events else "guest"
-                self._events -= {GuestEvent.RESET, GuestEvent.TRIPLE_FAULT}
-                if self._reboot_ends:
-                    self.rebooted = True
-                    await self._stop("the guest rebooted")
-                else:
-                    await self._reboot(cause)
+            elif self._events & _RESETS and self.record.state is not State.PAUSED:
+                await self._guest_reset()
             elif Request.STOP in self._requests:
                 await self._stop("stopped")
-            else:
+            elif self._requests:
                 request = next(iter(self._requests))
-                del self._requests[request]
                 await self._obey(request)
+                self._requests.pop(request, None)
+            else:
+                return
+
+    async def _guest_reset(self) -> None:
+        cause = "triple fault" if GuestEvent.TRIPLE_FAULT in self._events else "guest"
+        self._events -= _RESETS
+        if self._reboot_ends:
+            self.rebooted = True
+            await self._stop("the guest rebooted")
+        else:
+            await self._reboot(cause)
 
     async def _obey(self, request: Request) -> None:
         state = self.record.state
@@ -176,8 +185,11 @@ class Lifecycle:
             await self._machine.start()
             await self._publish(State.RUNNING)
         elif request is Request.RUN and state is State.PAUSED:
-            await self._machine.resume()
-            await self._publish(State.RUNNING)
+            if self._events & _RESETS:  # asked for before the guest was held: it must not run on
+                await self._guest_reset()
+            else:
+                await self._machine.resume()
+                await self._publish(State.RUNNING)
         elif request is Request.PAUSE and state is State.RUNNING:
             await self._machine.pause()
             await self._publish(State.PAUSED)
@@ -189,8 +201,7 @@ class Lifecycle:
     async def _reboot(self, cause: str) -> None:
         await self._publish(State.REBOOTING, cause)
         await self._machine.reboot()
-        self._events.discard(GuestEvent.RESET)  # asked for before the reset, and thereby answered
-        self._events.discard(GuestEvent.TRIPLE_FAULT)
+        self._events -= _RESETS  # asked for before the reset, and thereby answered
         self.reboots += 1
         await self._publish(State.RUNNING)
 
@@ -200,8 +211,12 @@ class Lifecycle:
         await self._publish(State.STOPPED, detail)
 
     async def _fail(self, detail: str) -> None:
+        try:
+            await self._machine.halt()
+        except PropolisError as error:
+            # Final all the same: whoever waits must hear of it.
+            detail = detail if str(error) in detail else f"{detail}; {error}"
         log.error("the VM failed: %s", detail)
-        await self._machine.halt()
         await self._publish(State.FAILED, detail)
 
     async def _publish(self, state: State, detail: str = "") -> None:
