@@ -11,5 +11,6 @@ cdef class ConfigPorts(Region):
     cdef void *functions[256]            # borrowed PciFunction by device and function; written by: loop (release)
     cdef list owned
     cdef Region reset_control
+    cdef bint has_reset_control
 
     cdef uint64_t _data(self, uint64_t offset, uint32_t size, bint is_write, uint64_t value) noexcept nogil

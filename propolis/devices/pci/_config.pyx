@@ -14,6 +14,7 @@ cdef class ConfigPorts(Region):
         self.width = 4
         self.owned = []
         self.reset_control = reset_control
+        self.has_reset_control = reset_control is not None
 
     def install(self, slot: int, number: int, PciFunction function=None) -> None:
         """Puts a function, or nothing, at a device and function number."""
@@ -27,14 +28,14 @@ cdef class ConfigPorts(Region):
     cdef uint64_t read(self, uint64_t offset, uint32_t size) noexcept nogil:
         if offset == 0 and size == 4:
             return ld32_rlx(&self.address)
-        if offset == 1 and size == 1 and self.reset_control is not None:
+        if offset == 1 and size == 1 and self.has_reset_control:
             return self.reset_control.read(0, 1)
         return self._data(offset, size, False, ~<uint64_t>0)
 
     cdef void write(self, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil:
         if offset == 0 and size == 4:
             st32_rlx(&self.address, <uint32_t>value & ADDRESS_KEPT)
-        elif offset == 1 and size == 1 and self.reset_control is not None:
+        elif offset == 1 and size == 1 and self.has_reset_control:
             self.reset_control.write(0, 1, value)
         else:
             self._data(offset, size, True, value)

@@ -205,7 +205,7 @@ cdef class PciFunction:
             self.config[i] = (self.config[i] & ~mask) | (<uint8_t>(value >> 8 * (i - offset)) & mask)
         if offset < COMMAND + 2 and end > COMMAND or offset < BAR_END and end > BAR0:
             self._decode()
-        if self.msix is not None and offset < self.msix_offset + 4 and end > self.msix_offset + 2:
+        if self.msix_offset and offset < self.msix_offset + 4 and end > self.msix_offset + 2:
             self.msix.set_control(self._dword(self.msix_offset) >> 16)
         self._drive()
         pthread_mutex_unlock(&self.lock)
@@ -250,7 +250,7 @@ cdef class PciFunction:
 
     cdef void _drive(self) noexcept nogil:
         """Under the lock: the wire and the status bit follow what the device wants and the guest allows."""
-        cdef bint level = self.intx_wanted and not (self.msix is not None and self.msix.enabled())
+        cdef bint level = self.intx_wanted and not (self.msix_offset and self.msix.enabled())
         if level:
             self.config[STATUS] |= STATUS_INTX  # set whether or not the pin is disabled: §6.2.3
         else:
