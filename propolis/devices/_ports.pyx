@@ -86,7 +86,7 @@ cdef class PostPort(Region):
 
     cdef uint8_t value               # relaxed
 
-    def __init__(self) -> None:
+    def __cinit__(self) -> None:
         self.name = "post code"
         self.width = 1
 
