@@ -26,6 +26,8 @@ from tests.driver import (
 )
 from tests.unit.devices.virtio.rig import HIGH_BASE, RAM, ROM_BASE, Echo, MakeRig, Rig
 
+Step = Callable[[], object]
+
 QUEUE_FIELDS = [name for name in FIELDS if name.startswith("queue_") and name != "queue_select"]
 
 
@@ -481,7 +483,7 @@ async def test_wrong_accesses_through_configuration_space(rig: Rig, offset: int,
 @pytest.mark.parametrize("steps", range(7))
 async def test_reset_at_each_step(rig: Rig, steps: int) -> None:
     driver = rig.driver
-    todo: list[Callable[[], object]] = [
+    todo: list[Step] = [
         lambda: driver.add_status(ACKNOWLEDGE),
         lambda: driver.add_status(DRIVER),
         lambda: driver.accept(driver.offered()),

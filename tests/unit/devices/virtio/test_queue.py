@@ -65,7 +65,7 @@ async def test_sizes_and_features(make_rig: MakeRig, wanted: int, size: int) -> 
     rig.driver.begin(wanted if wanted >= 0 else rig_all(), size=size)
     queue = rig.driver.queues[0]
     indirect = bool(rig.driver.features >> F_INDIRECT_DESC & 1)
-    for number in range(3 * size + 3):
+    for number in range(size + 5):
         if size == 1 and not indirect:
             head = queue.add([], [(rig.ram.take(4), 4)])
             queue.kick()
