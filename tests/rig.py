@@ -239,9 +239,7 @@ def long_mode(memory: GuestMemory, ip: int, **values: int) -> Registers:
     for number in range(4):
         memory.write(tables + 0x1000 + 8 * number, (tables + 0x2000 + 0x1000 * number | 3).to_bytes(8, "little"))
         entries = (number << 30 | entry << 21 | 0x83 for entry in range(512))
-        memory.write(
-            tables + 0x2000 + 0x1000 * number, b"".join(entry.to_bytes(8, "little") for entry in entries)
-        )
+        memory.write(tables + 0x2000 + 0x1000 * number, b"".join(entry.to_bytes(8, "little") for entry in entries))
     flat = protected_mode(ip, cr0=0x8000_0011, cr3=tables, cr4=0x20, efer=0x500, **values)
     return msgspec.structs.replace(
         flat, cs=msgspec.structs.replace(flat.cs, l=1, db=0), tr=msgspec.structs.replace(flat.tr, limit=0x67)

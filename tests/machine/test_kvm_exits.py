@@ -301,7 +301,9 @@ def test_an_impossible_state_is_refused_or_fails(kvm_fd: int, name: str) -> None
         machine.start()
         machine.spin_until(
             "an end",
-            lambda: machine.vm.mailbox.dispatch() or machine.saw(rig.FAILED) or machine.saw(rig.SHUTDOWN) or done.drain(),
+            lambda: (
+                machine.vm.mailbox.dispatch() or machine.saw(rig.FAILED) or machine.saw(rig.SHUTDOWN) or done.drain()
+            ),
         )
         machine.hold()
 

@@ -77,9 +77,7 @@ def test_no_wake_up_is_lost_while_waiting_for_sipi(kvm_fd: int) -> None:
     """Three vCPUs that were never started answer, and stay as they are."""
     with guest(kvm_fd, OUT, 4, waiting=True) as machine:
         machine.release()
-        rig.sequence(
-            machine, 200, lambda vcpu, then: moved(vcpu, then) if vcpu.index == 0 else not vcpu.is_parked
-        )
+        rig.sequence(machine, 200, lambda vcpu, then: moved(vcpu, then) if vcpu.index == 0 else not vcpu.is_parked)
         machine.hold()
         for vcpu in machine.vcpus[1:]:
             assert vcpu.get_registers().cs.base == 0xFFFF_0000

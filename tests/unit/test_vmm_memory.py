@@ -133,7 +133,8 @@ def test_an_unknown_backing_is_refused(backing: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpa", "pages"), [(0x1000, 4), (0x0, 2), (0x4000, 1), (0x4000, 8), (0x2000, 1), (0x0, 64), (0x7000, 2), (0xA000, 1)]
+    ("gpa", "pages"),
+    [(0x1000, 4), (0x0, 2), (0x4000, 1), (0x4000, 8), (0x2000, 1), (0x0, 64), (0x7000, 2), (0xA000, 1)],
 )
 def test_overlapping_regions_are_refused(memory: GuestMemory, gpa: int, pages: int) -> None:
     """Equal, at either end, inside, around, and over two."""
