@@ -4,7 +4,7 @@ A standalone VM is its own keeper; behind the daemon the keeper is a process of 
 """
 
 import os
-from typing import BinaryIO
+from io import FileIO
 
 from propolis.errors import BackendError, HypervisorError, ImageError
 
@@ -28,11 +28,10 @@ class LocalKeeper:
         except OSError as error:
             raise HypervisorError(f"open {path}: {_reason(error)}") from error
 
-    def open_image(self, path: str, what: str) -> BinaryIO:
+    def open_image(self, path: str, what: str) -> FileIO:
         """A kernel or initrd, open for reading. Raises ImageError."""
         try:
-            # Unbuffered: the loaders read straight into guest memory.
-            return open(path, "rb", buffering=0)  # noqa: SIM115 -- the machine closes it
+            return FileIO(path)  # unbuffered: the loaders read straight into guest memory
         except OSError as error:
             raise ImageError(f"open {what} '{path}': {_reason(error)}") from error
 

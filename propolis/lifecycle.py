@@ -89,7 +89,7 @@ def admit(state: State, pending: frozenset[Request], request: Request) -> Verdic
     if request is Request.STOP:
         return Verdict.IGNORE if state.is_final or Request.STOP in pending else Verdict.ACCEPT
     if state.is_final or state is State.STOPPING or Request.STOP in pending:
-        raise StateError(f"cannot {request.value}: the VM is {'stopping' if not state.is_final else state.value.lower()}")
+        raise StateError(f"cannot {request.value}: the VM is {state.value.lower() if state.is_final else 'stopping'}")
     if request is Request.RUN:
         running = state in _ALIVE and state is not State.PAUSED and Request.PAUSE not in pending
         return Verdict.IGNORE if running or Request.RUN in pending else Verdict.ACCEPT

@@ -4,26 +4,36 @@ The order that must hold: hold the vCPUs, pause the devices, await what is in fl
 devices, then release the vCPUs.
 """
 
+from __future__ import annotations
+
 import asyncio
 import logging
 import os
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import BinaryIO, Protocol
+from io import FileIO
+from typing import TYPE_CHECKING, Protocol
 
 from propolis import spec as model
 from propolis.board import Board
-from propolis.devices.device import Device
 from propolis.errors import HypervisorError
-from propolis.firmware import boot, layout
-from propolis.firmware.acpi import direct_boot_tables
-from propolis.hypervisor import MachineVcpu, create_vcpu, open_vm
+from propolis.firmware import acpi, boot, layout
+from propolis.hypervisor import create_vcpu, open_vm
 from propolis.hypervisor.cpuid import machine_cpuid, vcpu_cpuid
 from propolis.hypervisor.state import Registers
 from propolis.lifecycle import GuestEvent
 
+if TYPE_CHECKING:
+    from propolis.devices.device import Device
+    from propolis.hypervisor import MachineVcpu
+    from propolis.hypervisor.cpuid import Entry
+
 log = logging.getLogger(__name__)
+
+_REPORTED = (
+    "rip", "rflags", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "cr0", "cr2", "cr3", "cr4", "efer",
+)  # fmt: skip
 
 HOLD_TIMEOUT = 10.0  # seconds for a vCPU to answer a kick: it takes one signal and one exit
 DRAIN_TIMEOUT = 30.0  # seconds for a device to finish what it has in flight
@@ -36,7 +46,7 @@ class Keeper(Protocol):
     """Who opens files for the machine: propolis.keeper."""
 
     def open_hypervisor(self) -> int: ...
-    def open_image(self, path: str, what: str) -> BinaryIO: ...
+    def open_image(self, path: str, what: str) -> FileIO: ...
     def open_disk(self, path: str, *, read_only: bool) -> int: ...
 
 
@@ -88,7 +98,7 @@ class Machine:
         window64 = layout.mmio64_window(memory_size, _physical_bits(self.cpuid))
         self.board = Board(self.vm, spec, keeper, window64, self._on_event, undo)
         self.devices: list[Device] = self.board.devices
-        self._tables = direct_boot_tables(self.board.acpi())
+        self._tables = acpi.build(self.board.tables())
 
     def _vcpu_events(self, index: int) -> Callable[[int], None]:
         return lambda bits: self._on_vcpu(self.vcpus[index], bits)
@@ -180,8 +190,7 @@ class Machine:
         self.vm.reset()
         for vcpu in self.vcpus:
             vcpu.reset()
-        for device in self.devices:
-            device.reset()
+        self.board.reset()
         # What the guest asked for before the reset is answered by it: collect those events now.
         self.vm.mailbox.dispatch()
         self._power_on()
@@ -227,13 +236,11 @@ class Machine:
         }
 
 
-def _close(fd: int) -> None:
-def _physical_bits(cpuid: list[tuple[int, ...]]) -> int:
+def _physical_bits(cpuid: list[Entry]) -> int:
     """The guest's physical address width: CPUID leaf 8000_0008 EAX[7:0], 36 where it is missing."""
-    return next((entry[3] & 0xFF for entry in cpuid if entry[0] == 0x8000_0008), 36)
+    return next((entry.eax & 0xFF for entry in cpuid if entry.function == 0x8000_0008), 36)
 
 
 def _registers_text(r: Registers) -> str:
-    names = ("rip", "rflags", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "cr0", "cr2", "cr3", "cr4", "efer")
-    values = " ".join(f"{name}={getattr(r, name):#x}" for name in names)
+    values = " ".join(f"{name}={getattr(r, name):#x}" for name in _REPORTED)
     return f"{values} cs={r.cs.selector:#x}:{r.cs.base:#x}"

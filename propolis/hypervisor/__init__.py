@@ -1,60 +1,28 @@
 """Hypervisor back ends: KVM on Linux, replay everywhere, bhyve on illumos.
 
-A back end is a pair of classes with the names below, and holds only what every hypervisor can do: what one lacks is
-emulated inside it. `machine.py` sees nothing else of a hypervisor.
+A back end is a subclass each of `Vm` and `Vcpu` with the names below, which are only what every hypervisor can do: what
+one lacks is emulated inside it. `machine.py` sees nothing else of a hypervisor.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from propolis._vmm import Bus, GuestMemory, Mailbox, Vcpu, Vm
 from propolis.errors import HypervisorError
-from propolis.hypervisor.state import Registers
 
-__all__ = ["MachineVcpu", "MachineVm", "Vcpu", "Vm", "create_vcpu", "open_vm"]
+if TYPE_CHECKING:
+    from propolis.hypervisor._kvm import KvmVcpu, KvmVm
+    from propolis.hypervisor._replay import ReplayVcpu, ReplayVm
 
+    MachineVm = KvmVm | ReplayVm
+    MachineVcpu = KvmVcpu | ReplayVcpu
 
-class MachineVm(Protocol):
-    """A virtual machine of any back end."""
-
-    @property
-    def memory(self) -> GuestMemory: ...
-    @property
-    def pio(self) -> Bus: ...
-    @property
-    def mmio(self) -> Bus: ...
-    @property
-    def mailbox(self) -> Mailbox: ...
-    def max_vcpus(self) -> int: ...
-    def has_deadline_timer(self) -> bool: ...
-    def supported_cpuid(self) -> list[tuple[int, ...]]: ...
-    def map_memory(self) -> None: ...
-    def reset(self) -> None: ...
-    def close(self) -> None: ...
+VM_NAMES = ("max_vcpus", "has_deadline_timer", "supported_cpuid", "map_memory", "reset", "close")
+VCPU_NAMES = (
+    "set_cpuid", "reset", "get_registers", "set_registers", "instruction_bytes", "failure_text", "close",
+)  # fmt: skip
 
 
-class MachineVcpu(Protocol):
-    """A vCPU of any back end."""
-
-    @property
-    def index(self) -> int: ...
-    @property
-    def is_parked(self) -> bool: ...
-    def run(self) -> None: ...
-    def hold(self) -> None: ...
-    def release(self) -> None: ...
-    def stop(self) -> None: ...
-    def stats(self) -> dict[str, int]: ...
-    def set_cpuid(self, entries: list[tuple[int, ...]]) -> None: ...
-    def reset(self) -> None: ...
-    def get_registers(self) -> Registers: ...
-    def set_registers(self, registers: Registers) -> None: ...
-    def instruction_bytes(self) -> bytes: ...
-    def failure_text(self) -> str: ...
-    def close(self) -> None: ...
-
-
-def open_vm(backend: str, kvm_fd: int = -1) -> MachineVm:
+def open_vm(backend: str, kvm_fd: int = -1) -> "MachineVm":
     """A new VM of the back end "kvm", on an open /dev/kvm, or "replay". Raises HypervisorError."""
     if backend == "kvm":
         from propolis.hypervisor._kvm import KvmVm
@@ -67,13 +35,12 @@ def open_vm(backend: str, kvm_fd: int = -1) -> MachineVm:
     raise HypervisorError(f"hypervisor {backend!r}: expected kvm or replay")
 
 
-def create_vcpu(vm: MachineVm, index: int, on_event: Callable[[int], object]) -> MachineVcpu:
+def create_vcpu(vm: "MachineVm", index: int, on_event: Callable[[int], object]) -> "MachineVcpu":
     """A held vCPU of the VM's own back end, whose events reach `on_event` through the mailbox."""
     from propolis.hypervisor._replay import ReplayVcpu, ReplayVm
 
     if isinstance(vm, ReplayVm):
         return ReplayVcpu(vm, index, on_event)
-    from propolis.hypervisor._kvm import KvmVcpu, KvmVm
+    from propolis.hypervisor._kvm import KvmVcpu
 
-    assert isinstance(vm, KvmVm)
     return KvmVcpu(vm, index, on_event)

@@ -1,0 +1,67 @@
+"""The board of one machine: chipset, serial ports and the devices of its Spec, each at its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Protocol
+
+from propolis import spec as model
+from propolis._vmm import Vm
+from propolis.devices.pci.bus import Windows
+from propolis.devices.pci.chipset import Chipset
+from propolis.devices.serial import Serial
+from propolis.firmware.board import Board as TableBoard
+from propolis.firmware.layout import Range
+from propolis.lifecycle import GuestEvent
+
+if TYPE_CHECKING:
+    from propolis.devices.device import Device
+
+
+class DiskOpener(Protocol):
+    """The keeper, as far as the board needs it."""
+
+    def open_disk(self, path: str, *, read_only: bool) -> int: ...
+
+
+class Board:
+    """Everything on the buses. Built with the machine; `devices` are in the order of their start."""
+
+    def __init__(
+        self,
+        vm: Vm,
+        spec: model.Spec,
+        keeper: DiskOpener,
+        mmio64: Range,
+        on_event: Callable[[GuestEvent], None],
+        undo: ExitStack,
+    ) -> None:
+        self._spec = spec
+        self._mmio64 = mmio64
+        self.devices: list[Device] = []
+        self.chipset = Chipset(vm)
+        self.serial_ports = {port.number: Serial(vm, port.number) for port in spec.serial_ports}
+        self.devices += self.serial_ports.values()
+
+    def program(self) -> None:
+        """What firmware does on a real machine: assigns BARs and interrupts, switches decoding on."""
+        self.chipset.assign(Windows(mmio64=range(self._mmio64.base, self._mmio64.end)))
+
+    def reset(self) -> None:
+        """To power-on: nothing on the bus is assigned any more; the vCPUs are held."""
+        self.chipset.reset()
+        for device in self.devices:
+            device.reset()
+
+    def press_power_button(self) -> None:
+        """Raises the SCI, for which the guest's operating system shuts down."""
+
+    def tables(self) -> TableBoard:
+        """What the ACPI tables say about this board."""
+        return TableBoard(
+            cpus=self._spec.cpus,
+            mmio64=self._mmio64,
+            uarts=tuple(sorted(self.serial_ports)),
+            pvpanic=any(isinstance(device, model.Pvpanic) and device.enable_isa for device in self._spec.devices),
+        )

@@ -1,0 +1,183 @@
+"""One VM in this process, from a TOML file: `propolis-standalone CONFIG.toml`.
+
+COM1 is the unix socket ./ttya, or this terminal with --console. The first SIGINT or SIGTERM presses the guest's power
+button, the second ends the VM.
+"""
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from contextlib import AsyncExitStack
+
+import uvloop
+
+from propolis import __version__, standalone_config
+from propolis.console.history import ConsoleHistory
+from propolis.console.hub import ConsoleHub
+from propolis.console.socket import ConsoleSocket
+from propolis.errors import ConfigError, PropolisError, StateError
+from propolis.keeper import LocalKeeper
+from propolis.lifecycle import GuestEvent, Lifecycle, Record, Request, State
+from propolis.machine import Machine
+from propolis.names import NameLock
+from propolis.spec import Spec
+
+SOCKET = "./ttya"
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+EXIT_CODES = """\
+exit status:
+  0    the guest powered off (or [main] exit_on_halt)
+  1    the VM failed, or something it needs is missing or busy
+  2    wrong usage or configuration
+  130  ended by a second SIGINT (143 by SIGTERM, 129 by SIGHUP)
+  N    the guest rebooted and [main] exit_on_reboot is N
+"""
+
+log = logging.getLogger("propolis")
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="propolis-standalone",
+        description="Run one virtual machine described by a TOML file. Its COM1 is the unix socket ./ttya.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG.toml", help="the machine: see docs/standalone.md")
+    parser.add_argument("--check", action="store_true", help="only check the configuration")
+    parser.add_argument("--console", action="store_true", help="attach this terminal to COM1 instead of ./ttya")
+    parser.add_argument("--escape", metavar="KEY", default="^]", help="the key that leaves the console, or none (^])")
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="warning",
+        help="what is written to standard error (warning)",
+    )
+    parser.add_argument("--version", action="version", version=f"propolis {__version__}")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script; returns the exit status."""
+    options = arguments().parse_args(argv)
+    logging.basicConfig(
+        level=options.log_level.upper(), format="%(asctime)s.%(msecs)03d %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
+    log.debug("imports done")
+    try:
+        spec = standalone_config.load(options.config)
+        if options.check:
+            return 0
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(Standalone(spec, console=options.console, escape=options.escape).run())
+    except ConfigError as error:
+        _complain(str(error))  # a line for each problem, with its place in the file
+        return 2
+    except PropolisError as error:
+        _complain(f"propolis-standalone: {error}")
+        return 1
+
+
+def _complain(message: str) -> None:
+    print(message, file=sys.stderr)  # noqa: T201 -- this is what a program says to its user
+
+
+class Standalone:
+    """One run of one VM: its name, its console, its signals."""
+
+    def __init__(self, spec: Spec, *, console: bool, escape: str) -> None:
+        self._spec = spec
+        self._console = console
+        self._escape = escape
+        self._lifecycle: Lifecycle | None = None
+        self._signals: list[signal.Signals] = []
+        self._ended_by: signal.Signals | None = None
+
+    async def run(self) -> int:
+        """Runs the VM to its end; returns the exit status. Raises PropolisError where it cannot begin."""
+        loop = asyncio.get_running_loop()
+        for number in ENDING_SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
+        async with AsyncExitStack() as stack:
+            stack.enter_context(await NameLock.acquire(self._spec.name))
+            machine = Machine(self._spec, LocalKeeper(), self._report)
+            stack.push_async_callback(machine.halt)
+            self._lifecycle = Lifecycle(machine, reboot_ends=self._spec.exit_on_reboot is not None)
+            hub = self._connect(machine)
+            if self._console:
+                record = await self._run_at_terminal(hub, stack)
+            else:
+                await self._open_socket(hub, stack)
+                record = await self._run_lifecycle(hub)
+        return self._status(record)
+
+    def _report(self, event: GuestEvent) -> None:
+        if self._lifecycle is not None:
+            self._lifecycle.report(event)
+
+    def _connect(self, machine: Machine) -> ConsoleHub:
+        com1 = machine.board.serial_ports[1]
+        hub = ConsoleHub(ConsoleHistory(), com1.feed)
+        com1.on_output = hub.feed
+        com1.on_input_room = hub.input_ready
+        return hub
+
+    async def _open_socket(self, hub: ConsoleHub, stack: AsyncExitStack) -> None:
+        socket = ConsoleSocket(SOCKET, hub)
+        await socket.open()
+        stack.push_async_callback(socket.close)
+
+    async def _run_lifecycle(self, hub: ConsoleHub) -> Record:
+        assert self._lifecycle is not None
+        if self._ended_by is not None:  # a signal came before there was anything to end
+            return self._lifecycle.record
+        self._lifecycle.request(Request.RUN)
+        record = await self._lifecycle.run()
+        await hub.close()
+        return record
+
+    async def _run_at_terminal(self, hub: ConsoleHub, stack: AsyncExitStack) -> Record:
+        """Attaches this terminal until the VM ends or its user leaves; then the console is ./ttya after all."""
+        from propolis.console.terminal import Terminal, parse_escape
+
+        terminal = Terminal(escape=parse_escape(self._escape), name=self._spec.name)
+        async with asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(self._run_lifecycle(hub))
+            why = await terminal.attach(hub.attach)
+            if why == "escape":
+                await self._open_socket(hub, stack)
+                _complain(f"[the VM runs on: its console is {SOCKET}, Ctrl-C presses its power button]")
+        return running.result()
+
+    def _status(self, record: Record) -> int:
+        assert self._lifecycle is not None
+        if record.state is State.FAILED:
+            _complain(f"propolis-standalone: {record.detail}")
+            return 1
+        if self._ended_by is not None:
+            return 128 + self._ended_by
+        if self._lifecycle.rebooted and self._spec.exit_on_reboot is not None:
+            return self._spec.exit_on_reboot
+        return self._spec.exit_on_halt
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        self._signals.append(number)
+        if self._lifecycle is None:
+            self._ended_by = number
+            return
+        try:
+            if len(self._signals) == 1:
+                self._lifecycle.request(Request.POWER_BUTTON)
+                return
+        except StateError:
+            pass  # not running: there is no guest to ask
+        self._ended_by = number
+        self._lifecycle.request(Request.STOP)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
