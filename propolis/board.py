@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol
 
 from propolis import spec as model
-from propolis._vmm import Vm
+from propolis.backends._iopool import IoPool
+from propolis.backends.block.file import FileBackend
 from propolis.devices.pci.bus import Windows
 from propolis.devices.pci.chipset import Chipset
 from propolis.devices.serial import Serial
+from propolis.devices.virtio.blk import VirtioBlk
 from propolis.firmware.board import Board as TableBoard
-from propolis.firmware.layout import Range
-from propolis.lifecycle import GuestEvent
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import ExitStack
+
+    from propolis._vmm import Vm
     from propolis.devices.device import Device
+    from propolis.firmware.layout import Range
+    from propolis.lifecycle import GuestEvent
 
 
 class DiskOpener(Protocol):
@@ -43,6 +47,25 @@ class Board:
         self.chipset = Chipset(vm)
         self.serial_ports = {port.number: Serial(vm, port.number) for port in spec.serial_ports}
         self.devices += self.serial_ports.values()
+        for device in spec.devices:
+            if isinstance(device, model.VirtioBlock):
+                self._add_disk(vm, device, spec.backends[device.backend], keeper, undo)
+
+    def _add_disk(
+        self, vm: Vm, device: model.VirtioBlock, backend: model.Backend, keeper: DiskOpener, undo: ExitStack
+    ) -> None:
+        pool = IoPool(backend.workers)
+        undo.callback(pool.close)
+        fd = keeper.open_disk(backend.path, read_only=backend.readonly)
+        disk = VirtioBlk(
+            vm,
+            device.name,
+            FileBackend(fd, pool, read_only=backend.readonly, path=backend.path),
+            queues=device.queues,
+            serial=device.serial or device.name,
+        )
+        self.chipset.bus.add(disk.function, device.pci_path.device, device.pci_path.function)
+        self.devices.append(disk)
 
     def program(self) -> None:
         """What firmware does on a real machine: assigns BARs and interrupts, switches decoding on."""

@@ -6,7 +6,8 @@ A standalone VM is its own keeper; behind the daemon the keeper is a process of 
 import os
 from io import FileIO
 
-from propolis.errors import BackendError, HypervisorError, ImageError
+from propolis.backends.block.image import open_image
+from propolis.errors import HypervisorError, ImageError
 
 
 def _reason(error: OSError) -> str:
@@ -36,8 +37,8 @@ class LocalKeeper:
             raise ImageError(f"open {what} '{path}': {_reason(error)}") from error
 
     def open_disk(self, path: str, *, read_only: bool) -> int:
-        """A descriptor of a raw file or block device, which the caller closes. Raises BackendError."""
-        try:
-            return os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
-        except OSError as error:
-            raise BackendError(f"open disk '{path}': {_reason(error)}") from error
+        """A locked descriptor of a raw file or block device, which the caller closes.
+
+        Raises BusyError naming who holds it, ImageError where there is none, BackendError where it cannot be opened.
+        """
+        return open_image(path, read_only=read_only)

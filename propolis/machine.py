@@ -10,9 +10,7 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Callable
 from contextlib import ExitStack
-from io import FileIO
 from typing import TYPE_CHECKING, Protocol
 
 from propolis import spec as model
@@ -21,13 +19,16 @@ from propolis.errors import HypervisorError
 from propolis.firmware import acpi, boot, layout
 from propolis.hypervisor import create_vcpu, open_vm
 from propolis.hypervisor.cpuid import machine_cpuid, vcpu_cpuid
-from propolis.hypervisor.state import Registers
 from propolis.lifecycle import GuestEvent
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from io import FileIO
+
     from propolis.devices.device import Device
     from propolis.hypervisor import MachineVcpu
     from propolis.hypervisor.cpuid import Entry
+    from propolis.hypervisor.state import Registers
 
 log = logging.getLogger(__name__)
 
