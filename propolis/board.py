@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Protocol
 
 from propolis import spec as model
@@ -9,9 +10,15 @@ from propolis.backends._iopool import IoPool
 from propolis.backends.block.file import FileBackend
 from propolis.devices.pci.bus import Windows
 from propolis.devices.pci.chipset import Chipset
+from propolis.devices.pm import PowerManagement
+from propolis.devices.ports import DebugConsole, LegacyPorts, Pvpanic
+from propolis.devices.power import PowerEvent
+from propolis.devices.rtc import RealTimeClock
 from propolis.devices.serial import Serial
 from propolis.devices.virtio.blk import VirtioBlk
 from propolis.firmware.board import Board as TableBoard
+from propolis.firmware.layout import ram_ranges
+from propolis.lifecycle import GuestEvent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +27,8 @@ if TYPE_CHECKING:
     from propolis._vmm import Vm
     from propolis.devices.device import Device
     from propolis.firmware.layout import Range
-    from propolis.lifecycle import GuestEvent
+
+log = logging.getLogger(__name__)
 
 
 class DiskOpener(Protocol):
@@ -43,13 +51,36 @@ class Board:
     ) -> None:
         self._spec = spec
         self._mmio64 = mmio64
-        self.devices: list[Device] = []
-        self.chipset = Chipset(vm)
+        self._on_event = on_event
+        power = vm.mailbox.register(self._on_power)
+        low, *high = ram_ranges(spec.memory_mib << 20)
+        legacy = LegacyPorts(vm, power)
+        self.power = PowerManagement(vm, power)
+        self.debug_console = DebugConsole(vm)
+        self.devices: list[Device] = [
+            legacy,
+            self.power,
+            RealTimeClock(vm, low.size, sum(part.size for part in high)),
+            self.debug_console,
+        ]
+        self.chipset = Chipset(vm, legacy.reset_control)
         self.serial_ports = {port.number: Serial(vm, port.number) for port in spec.serial_ports}
         self.devices += self.serial_ports.values()
         for device in spec.devices:
             if isinstance(device, model.VirtioBlock):
                 self._add_disk(vm, device, spec.backends[device.backend], keeper, undo)
+            elif device.enable_isa:
+                self.devices.append(Pvpanic(vm, power))
+
+    def _on_power(self, bits: int) -> None:
+        events = PowerEvent(bits)
+        if events & (PowerEvent.PANICKED | PowerEvent.CRASH_LOADED):
+            log.warning("the guest's kernel panicked")
+        # A guest that asks for both at once is off: nothing it wants afterwards can matter.
+        if events & PowerEvent.POWER_OFF:
+            self._on_event(GuestEvent.POWER_OFF)
+        elif events & PowerEvent.RESET:
+            self._on_event(GuestEvent.RESET)
 
     def _add_disk(
         self, vm: Vm, device: model.VirtioBlock, backend: model.Backend, keeper: DiskOpener, undo: ExitStack
@@ -78,7 +109,8 @@ class Board:
             device.reset()
 
     def press_power_button(self) -> None:
-        """Raises the SCI, for which the guest's operating system shuts down."""
+        """The guest's operating system decides what that means."""
+        self.power.press_power_button()
 
     def tables(self) -> TableBoard:
         """What the ACPI tables say about this board."""
