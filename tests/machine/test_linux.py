@@ -4,13 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.machine.linux import TREE, linux
+from tests.machine.linux import linux
 
-pytestmark = [
-    pytest.mark.os,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(not (TREE / "propolis/standalone.py").exists(), reason="propolis-standalone does not exist yet"),
-]
+pytestmark = [pytest.mark.os, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize(("kernel", "cpus"), [("vmlinux", 1), ("vmlinux", 4), ("vmlinuz", 1)])
