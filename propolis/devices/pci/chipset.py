@@ -54,6 +54,8 @@ class Chipset:
         # 82441FX: memory and bus mastering are always on. 82371: all three cycles, always on.
         self.host_bridge.define(0x04, b"\x06\x00", b"\x00\x01")
         self.isa_bridge.define(0x04, b"\x07\x00", b"\x00\x01")
+        # 82371SB DLC: Linux switches passive release on and looks whether it is.
+        self.isa_bridge.define(0x82, b"\x00", b"\x0f")
         # 82371AB: I/O decoding on; interrupt line 9, the SCI; PMBA and its enable bit in PMREGMISC; SMBBA.
         self.power.define(0x04, b"\x01\x00", b"\x00\x00")
         self.power.define(0x3C, bytes([SCI_IRQ]), b"\x00")

@@ -73,6 +73,8 @@ def test_identities(bench: Bench) -> None:
     assert bench.get(0x80, 1, 1, 3) == 1
     assert bench.get(0x90, 4, 1, 3) == 0xB101
     assert bench.get(LINE, 2, 1, 3) == 0x0109
+    bench.put(0x82, 1, 0x02, 1)
+    assert bench.get(0x82, 1, 1) == 0x02
     bench.put(0x40, 4, 0xFFFF_FFFF, 1, 3)
     bench.put(0, 4, 0, 1, 3)
     assert bench.get(0x40, 4, 1, 3) == 0xB001
