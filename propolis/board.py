@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol
 
 from propolis import spec as model
@@ -18,17 +19,13 @@ from propolis.devices.serial import Serial
 from propolis.devices.virtio.blk import VirtioBlk
 from propolis.firmware.board import Board as TableBoard
 from propolis.firmware.layout import ram_ranges
-from propolis.lifecycle import GuestEvent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import ExitStack
 
     from propolis._vmm import Vm
     from propolis.devices.device import Device
     from propolis.firmware.layout import Range
-
-log = logging.getLogger(__name__)
 
 
 class DiskOpener(Protocol):
@@ -46,13 +43,12 @@ class Board:
         spec: model.Spec,
         keeper: DiskOpener,
         mmio64: Range,
-        on_event: Callable[[GuestEvent], None],
+        on_power: Callable[[PowerEvent], None],
         undo: ExitStack,
     ) -> None:
         self._spec = spec
         self._mmio64 = mmio64
-        self._on_event = on_event
-        power = vm.mailbox.register(self._on_power)
+        power = vm.mailbox.register(lambda bits: on_power(PowerEvent(bits)))
         low, *high = ram_ranges(spec.memory_mib << 20)
         legacy = LegacyPorts(vm, power)
         self.power = PowerManagement(vm, power)
@@ -72,26 +68,21 @@ class Board:
             elif device.enable_isa:
                 self.devices.append(Pvpanic(vm, power))
 
-    def _on_power(self, bits: int) -> None:
-        events = PowerEvent(bits)
-        if events & (PowerEvent.PANICKED | PowerEvent.CRASH_LOADED):
-            log.warning("the guest's kernel panicked")
-        # A guest that asks for both at once is off: nothing it wants afterwards can matter.
-        if events & PowerEvent.POWER_OFF:
-            self._on_event(GuestEvent.POWER_OFF)
-        elif events & PowerEvent.RESET:
-            self._on_event(GuestEvent.RESET)
-
     def _add_disk(
         self, vm: Vm, device: model.VirtioBlock, backend: model.Backend, keeper: DiskOpener, undo: ExitStack
     ) -> None:
         pool = IoPool(backend.workers)
         undo.callback(pool.close)
-        fd = keeper.open_disk(backend.path, read_only=backend.readonly)
+        with ExitStack() as failed:
+            fd = keeper.open_disk(backend.path, read_only=backend.readonly)
+            failed.callback(os.close, fd)
+            file = FileBackend(fd, pool, read_only=backend.readonly, path=backend.path)
+            failed.pop_all()  # the backend owns it now
+        undo.callback(file.close)
         disk = VirtioBlk(
             vm,
             device.name,
-            FileBackend(fd, pool, read_only=backend.readonly, path=backend.path),
+            file,
             queues=device.queues,
             serial=device.serial or device.name,
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from propolis import spec as model
 from propolis.board import Board
+from propolis.devices.power import PowerEvent
 from propolis.errors import HypervisorError
 from propolis.firmware import acpi, boot, layout
 from propolis.hypervisor import create_vcpu, open_vm
@@ -97,9 +98,18 @@ class Machine:
             vcpu.set_cpuid(vcpu_cpuid(self.cpuid, index))
             self.vcpus.append(vcpu)
         window64 = layout.mmio64_window(memory_size, _physical_bits(self.cpuid))
-        self.board = Board(self.vm, spec, keeper, window64, self._on_event, undo)
+        self.board = Board(self.vm, spec, keeper, window64, self._on_power, undo)
         self.devices: list[Device] = self.board.devices
         self._tables = acpi.build(self.board.tables())
+
+    def _on_power(self, events: PowerEvent) -> None:
+        if events & (PowerEvent.PANICKED | PowerEvent.CRASH_LOADED):
+            log.warning("the guest's kernel panicked")
+        # A guest that asks for both at once is off: nothing it wants afterwards can matter.
+        if events & PowerEvent.POWER_OFF:
+            self._on_event(GuestEvent.POWER_OFF)
+        elif events & PowerEvent.RESET:
+            self._on_event(GuestEvent.RESET)
 
     def _vcpu_events(self, index: int) -> Callable[[int], None]:
         return lambda bits: self._on_vcpu(self.vcpus[index], bits)
