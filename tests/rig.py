@@ -11,7 +11,7 @@ from typing import Any, Generic, Self, TypeVar
 import msgspec
 
 from propolis._vmm import GuestMemory
-from propolis.hypervisor import MachineVcpu, MachineVm
+from propolis.hypervisor import MachineVcpu
 from propolis.hypervisor._kvm import KvmVcpu, KvmVm
 from propolis.hypervisor._replay import ReplayVcpu, ReplayVm
 from propolis.hypervisor.cpuid import Interface, machine_cpuid, vcpu_cpuid
@@ -22,14 +22,15 @@ PARKED, SHUTDOWN, FAILED, ENDED = 1, 2, 4, 8  # VcpuEvent in _vmm.pxd
 CODE = 0x1000  # where tiny guests begin, in real mode
 MEMORY = 1 << 20
 
+M = TypeVar("M", ReplayVm, KvmVm)
 V = TypeVar("V", bound=MachineVcpu)
 
 
-class Rig(Generic[V]):
+class Rig(Generic[M, V]):
     """Runs vCPUs on threads of their own; leaves nothing behind when it is closed."""
 
-    def __init__(self, vm: MachineVm) -> None:
-        self.vm = vm
+    def __init__(self, vm: M) -> None:
+        self.vm: M = vm
         self.vcpus: list[V] = []
         self.events: list[list[int]] = []  # of each vCPU, in order of arrival
         self.threads: list[threading.Thread] = []
@@ -115,9 +116,13 @@ class Rig(Generic[V]):
         self.vm.close()
 
 
-def replay(*scripts: Sequence[tuple[Any, ...]], rounds: int = 1) -> Rig[ReplayVcpu]:
+Replayed = Rig[ReplayVm, ReplayVcpu]
+OnKvm = Rig[KvmVm, KvmVcpu]
+
+
+def replay(*scripts: Sequence[tuple[Any, ...]], rounds: int = 1) -> Replayed:
     """A machine with one replayed vCPU for each script."""
-    rig: Rig[ReplayVcpu] = Rig(ReplayVm())
+    rig: Replayed = Rig(ReplayVm())
     for index, script in enumerate(scripts):
         rig.vcpus.append(ReplayVcpu(rig.vm, index, rig.hear(), list(script), rounds))
     return rig
@@ -131,11 +136,10 @@ def kvm(
     interface: Interface = "kvm",
     memory: int = MEMORY,
     read_only: tuple[int, int] | None = None,
-) -> Rig[KvmVcpu]:
+) -> OnKvm:
     """A machine on KVM with RAM at 0; vCPU 0 is in real mode at CODE, where `code` is."""
-    rig: Rig[KvmVcpu] = Rig(KvmVm(kvm_fd))
+    rig: OnKvm = Rig(KvmVm(kvm_fd))
     vm = rig.vm
-    assert isinstance(vm, KvmVm)
     try:
         vm.memory.add(0, memory)
         if read_only is not None:
@@ -161,7 +165,7 @@ _BROADCAST = bytes.fromhex(  # in protected mode: INIT, then SIPI to 0x2000, to 
 _ARRIVED = bytes.fromhex("f0 ff 06 00 50 eb fe")  # in real mode: lock inc word [STARTED]; wait
 
 
-def wake(machine: Rig[KvmVcpu]) -> None:
+def wake(machine: OnKvm) -> None:
     """Starts the threads and, by INIT and SIPI from vCPU 0, all other vCPUs; then holds them all."""
     memory = machine.vm.memory
     memory.write(0x2000, _ARRIVED)
@@ -173,7 +177,7 @@ def wake(machine: Rig[KvmVcpu]) -> None:
     machine.hold()
 
 
-def sequence(machine: Rig[Any], steps: int, running: Callable[[Any, dict[str, int]], bool]) -> None:
+def sequence(machine: Rig[Any, Any], steps: int, running: Callable[[Any, dict[str, int]], bool]) -> None:
     """A seeded sequence of commands. Every hold is answered by its event, every release by progress."""
     seed = random.randrange(1 << 32)
     print("seed", seed)
@@ -195,12 +199,12 @@ def sequence(machine: Rig[Any], steps: int, running: Callable[[Any, dict[str, in
             machine.spin_until("released vCPUs ran", lambda: all(running(vcpu, then) for vcpu, then in before))
 
 
-def real_mode(ip: int, **values: int) -> Registers:
+def real_mode(ip: int, *, rsp: int = 0x8000, **values: Any) -> Registers:
     """Registers of flat real mode: every segment at 0."""
     data = Segment(limit=0xFFFF, type=3, s=1, present=1)
     return Registers(
         rip=ip,
-        rsp=values.pop("rsp", 0x8000),
+        rsp=rsp,
         cs=Segment(limit=0xFFFF, type=0xB, s=1, present=1),
         ds=data,
         es=data,
@@ -213,13 +217,13 @@ def real_mode(ip: int, **values: int) -> Registers:
     )
 
 
-def protected_mode(ip: int, **values: int) -> Registers:
+def protected_mode(ip: int, *, rsp: int = 0x8000, cr0: int = 0x11, **values: Any) -> Registers:
     """Registers of flat 32-bit protected mode without paging: 4 GiB segments, selectors 8 and 0x10."""
     data = Segment(limit=0xFFFF_FFFF, selector=0x10, type=3, s=1, present=1, db=1, g=1)
     return Registers(
         rip=ip,
-        rsp=values.pop("rsp", 0x8000),
-        cr0=values.pop("cr0", 0x11),
+        rsp=rsp,
+        cr0=cr0,
         cs=Segment(limit=0xFFFF_FFFF, selector=8, type=0xB, s=1, present=1, db=1, g=1),
         ds=data,
         es=data,
@@ -232,7 +236,7 @@ def protected_mode(ip: int, **values: int) -> Registers:
     )
 
 
-def long_mode(memory: GuestMemory, ip: int, **values: int) -> Registers:
+def long_mode(memory: GuestMemory, ip: int, **values: Any) -> Registers:
     """Registers of 64-bit mode, the first 4 GiB mapped one to one; its page tables are put at 0x70000."""
     tables = 0x7_0000
     memory.write(tables, (tables + 0x1000 | 3).to_bytes(8, "little"))

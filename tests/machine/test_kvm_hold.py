@@ -32,7 +32,7 @@ SPINNING = {"out": OUT, "in": IN, "store": STORE, "load": LOAD, "ins": INS, "out
 SILENT = {"hlt": HLT, "busy": BUSY}
 
 
-def guest(kvm_fd: int, code: str, cpus: int, *, waiting: bool = False) -> "rig.Rig[KvmVcpu]":
+def guest(kvm_fd: int, code: str, cpus: int, *, waiting: bool = False) -> rig.OnKvm:
     """A held guest whose vCPUs are all about to run the code, or all but the first to wait for a SIPI."""
     machine = rig.kvm(kvm_fd, bytes.fromhex(code), cpus=cpus)
     if waiting or cpus == 1:

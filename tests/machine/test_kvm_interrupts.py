@@ -5,7 +5,8 @@ import os
 import pytest
 
 from propolis._vmm import IrqLine, MsiVector
-from propolis.hypervisor._kvm import KvmVcpu
+from propolis.errors import HypervisorError
+from propolis.hypervisor.state import DescriptorTable
 from tests import rig
 
 pytestmark = pytest.mark.kvm
@@ -27,7 +28,7 @@ PIC_GUEST = (
 PIC_HANDLER = "fe 06 {counter} 50 b0 20 e6 a0 e6 20 cf"
 
 
-def pic_guest(kvm_fd: int) -> "rig.Rig[KvmVcpu]":
+def pic_guest(kvm_fd: int) -> rig.OnKvm:
     machine = rig.kvm(kvm_fd, bytes.fromhex(PIC_GUEST.format(mask="b0 00 e6 21 e6 a1")))
     memory = machine.vm.memory
     for irq in range(16):
@@ -40,7 +41,7 @@ def pic_guest(kvm_fd: int) -> "rig.Rig[KvmVcpu]":
     return machine
 
 
-def count(machine: "rig.Rig[KvmVcpu]", irq: int) -> int:
+def count(machine: rig.OnKvm, irq: int) -> int:
     return machine.vm.memory.read(0x5020 + irq, 1)[0]
 
 
@@ -48,7 +49,7 @@ def count(machine: "rig.Rig[KvmVcpu]", irq: int) -> int:
 def test_a_line_reaches_the_guest_through_the_pic(kvm_fd: int, irq: int) -> None:
     """One interrupt for each rising edge, on its own vector alone."""
     with pic_guest(kvm_fd) as machine:
-        line = IrqLine(machine.vm, irq)  # type: ignore[arg-type]
+        line = IrqLine(machine.vm, irq)
         for number in range(1, 11):
             line.drive(True)
             machine.spin_until(f"interrupt {number}", lambda: count(machine, irq) == number)
@@ -58,7 +59,7 @@ def test_a_line_reaches_the_guest_through_the_pic(kvm_fd: int, irq: int) -> None
 
 def test_a_line_that_moves_takes_its_level_along(kvm_fd: int) -> None:
     with pic_guest(kvm_fd) as machine:
-        line = IrqLine(machine.vm, 10)  # type: ignore[arg-type]
+        line = IrqLine(machine.vm, 10)
         line.drive(True)
         machine.spin_until("interrupt 10", lambda: count(machine, 10) == 1)
         line.reroute(11)
@@ -72,7 +73,7 @@ def test_a_line_that_moves_takes_its_level_along(kvm_fd: int) -> None:
 def test_reset_forgets_interrupts(kvm_fd: int) -> None:
     """After a reset the PIC is as at power-on: it delivers nothing until the guest sets it up again."""
     with pic_guest(kvm_fd) as machine:
-        line = IrqLine(machine.vm, 5)  # type: ignore[arg-type]
+        line = IrqLine(machine.vm, 5)
         line.drive(True)
         machine.spin_until("an interrupt", lambda: count(machine, 5) == 1)
         line.drive(False)
@@ -106,7 +107,7 @@ LOCAL_HANDLER = (
 )
 
 
-def local_guest(kvm_fd: int, setup: str = "") -> "rig.Rig[KvmVcpu]":
+def local_guest(kvm_fd: int, setup: str = "") -> rig.OnKvm:
     machine = rig.kvm(kvm_fd, bytes.fromhex(LOCAL_GUEST.format(setup=setup)))
     memory = machine.vm.memory
     gate = HANDLER.to_bytes(2, "little") + b"\x08\0\0\x8e\0\0"
@@ -114,21 +115,19 @@ def local_guest(kvm_fd: int, setup: str = "") -> "rig.Rig[KvmVcpu]":
     memory.write(0x7880, (8 * 256 - 1).to_bytes(2, "little") + IDT.to_bytes(4, "little"))
     memory.write(GDT, bytes(8) + bytes.fromhex("ffff0000009bcf00 ffff00000093cf00"))
     memory.write(HANDLER, bytes.fromhex(LOCAL_HANDLER))
-    from propolis.hypervisor.state import DescriptorTable
-
     machine.vcpus[0].set_registers(rig.protected_mode(CODE, gdt=DescriptorTable(base=GDT, limit=23)))
     machine.start()
     machine.spin_until("the guest is ready", lambda: memory.read(READY, 1) == b"\1")
     return machine
 
 
-def taken(machine: "rig.Rig[KvmVcpu]") -> int:
+def taken(machine: rig.OnKvm) -> int:
     return int.from_bytes(machine.vm.memory.read(COUNTER, 4), "little")
 
 
 def test_a_message_reaches_the_guest(kvm_fd: int) -> None:
     with local_guest(kvm_fd) as machine:
-        vector = MsiVector(machine.vm)  # type: ignore[arg-type]
+        vector = MsiVector(machine.vm)
         vector.configure(0xFEE0_0000, VECTOR)
         for number in range(1, 21):
             vector.trigger()
@@ -138,9 +137,9 @@ def test_a_message_reaches_the_guest(kvm_fd: int) -> None:
 def test_a_lent_vector_reaches_the_guest_without_us(kvm_fd: int) -> None:
     """Who holds the descriptor writes to it; a new message changes the route, not the descriptor."""
     with local_guest(kvm_fd) as machine:
-        other = MsiVector(machine.vm)  # type: ignore[arg-type]
+        other = MsiVector(machine.vm)
         other.lend()
-        vector = MsiVector(machine.vm)  # type: ignore[arg-type]
+        vector = MsiVector(machine.vm)
         vector.configure(0xFEE0_0000, 0x30)  # nobody's
         fd = vector.lend()
         vector.configure(0xFEE0_0000, VECTOR)
@@ -155,15 +154,15 @@ def test_a_lent_vector_reaches_the_guest_without_us(kvm_fd: int) -> None:
 def test_vectors_are_lent_for_as_long_as_there_are_routes(kvm_fd: int) -> None:
     """The next one is refused, and those before go on."""
     with local_guest(kvm_fd) as machine:
-        vectors = []
-        with pytest.raises(Exception, match="route an MSI vector: No space left"):
-            for _ in range(300):
-                vector = MsiVector(machine.vm)  # type: ignore[arg-type]
+        vectors = [MsiVector(machine.vm) for _ in range(300)]
+        lent = 0
+        with pytest.raises(HypervisorError, match="route an MSI vector: No space left"):  # noqa: PT012 -- which of them?
+            for vector in vectors:
                 vector.configure(0xFEE0_0000, VECTOR)
                 vector.lend()
-                vectors.append(vector)
-        assert len(vectors) > 200
-        vectors[-1].trigger()
+                lent += 1
+        assert lent > 200
+        vectors[lent - 1].trigger()
         machine.spin_until("the last one's message", lambda: taken(machine) == 1)
 
 
@@ -171,7 +170,7 @@ def test_lent_vectors_that_are_gone_give_their_routes_back(kvm_fd: int) -> None:
     """A device that is unplugged and plugged in again does not use them up."""
     with local_guest(kvm_fd) as machine:
         for number in range(1, 601):
-            vector = MsiVector(machine.vm)  # type: ignore[arg-type]
+            vector = MsiVector(machine.vm)
             vector.configure(0xFEE0_0000, VECTOR)
             vector.lend()
             if number % 200 == 0:
@@ -189,7 +188,7 @@ IOAPIC = (
 def test_an_edge_reaches_the_guest_through_the_io_apic(kvm_fd: int) -> None:
     """On an input that no PIC has."""
     with local_guest(kvm_fd, IOAPIC.format(flags="00")) as machine:
-        line = IrqLine(machine.vm, 20)  # type: ignore[arg-type]
+        line = IrqLine(machine.vm, 20)
         for number in range(1, 11):
             line.drive(True)
             machine.spin_until(f"edge {number}", lambda: taken(machine) == number)
@@ -199,8 +198,8 @@ def test_an_edge_reaches_the_guest_through_the_io_apic(kvm_fd: int) -> None:
 def test_a_level_interrupts_until_it_is_low(kvm_fd: int) -> None:
     """As PCI's INTx does: two sources on one input, which falls only when both have gone."""
     with local_guest(kvm_fd, IOAPIC.format(flags="80")) as machine:
-        first = IrqLine(machine.vm, 20)  # type: ignore[arg-type]
-        second = IrqLine(machine.vm, 20)  # type: ignore[arg-type]
+        first = IrqLine(machine.vm, 20)
+        second = IrqLine(machine.vm, 20)
         first.drive(True)
         second.drive(True)
         machine.spin_until("many interrupts", lambda: taken(machine) > 20)
@@ -213,7 +212,7 @@ def test_a_level_interrupts_until_it_is_low(kvm_fd: int) -> None:
         machine.spin_until("silence", lambda: settled(machine))
 
 
-def settled(machine: "rig.Rig[KvmVcpu]") -> bool:
+def settled(machine: rig.OnKvm) -> bool:
     """No interrupt arrives between two stops of the guest."""
     before = taken(machine)
     machine.release()

@@ -19,7 +19,7 @@ BROADCAST = "c7 05 00 03 e0 fe 00 45 0c 00 c7 05 00 03 e0 fe 02 46 0c 00 eb fe"
 IDENTIFY = "66 b8 01 00 00 00 0f a2 66 c1 eb 18 fe 87 00 60 f0 ff 06 00 50 f4 eb fd"
 
 
-def boot(machine: "rig.Rig[KvmVcpu]") -> None:
+def boot(machine: rig.OnKvm) -> None:
     """Releases all vCPUs; vCPU 0 starts the others, each of which says who it is."""
     machine.vm.memory.write(0x2000, bytes.fromhex(IDENTIFY))
     machine.vm.memory.write(SEEN, bytes(256))
@@ -49,7 +49,6 @@ def test_reset_makes_the_other_vcpus_wait_again(kvm_fd: int) -> None:
     """Twenty times; what INIT and SIPI were sent to held vCPUs is gone as well."""
     with rig.kvm(kvm_fd, bytes.fromhex(BROADCAST), cpus=4) as machine:
         vm = machine.vm
-        assert isinstance(vm, KvmVm)
         for number in range(20):
             boot(machine)
             if number % 2:
@@ -86,20 +85,25 @@ def has_sent(vcpu: KvmVcpu) -> bool:
 # -- CPUID -------------------------------------------------------------------------------------------------------------
 
 # For each of ebp pairs at esi: mov eax, [esi]; mov ecx, [esi+4]; cpuid; to edi: eax, ebx, ecx, edx; then out DONE, al.
-ASK = (
-    "8b 06 8b 4e 04 0f a2 89 07 89 5f 04 89 4f 08 89 57 0c 83 c6 08 83 c7 10 4d 75 e5 e6 f5 f4 eb fd"
-)
+ASK = "8b 06 8b 4e 04 0f a2 89 07 89 5f 04 89 4f 08 89 57 0c 83 c6 08 83 c7 10 4d 75 e5 e6 f5 f4 eb fd"
 QUESTIONS, ANSWERS = 0x1_0000, 0x2_0000
 OSXSAVE, OSPKE = 1 << 27, 1 << 4
-# A nested KVM that runs guest user mode natively shows the real processor's features there, whatever the table says.
-FEATURES = {(1, 0): (0, 0, ~(VMX | HYPERVISOR), 0xFFFF_FFFF), (7, 0): (0, 0xFFFF_FFFF, 0xFFFF_FFFF, 0xFFFF_FFFF),
-            (7, 1): (0xFFFF_FFFF, 0, 0, 0), (0xD, 1): (0xFFFF_FFFF, 0, 0, 0)}  # fmt: skip
-MSR_DEPENDENT = {  # (leaf, sub-leaf): bits of eax to edx that follow the vCPU's control registers and MSRs
+Masks = dict[tuple[int, int], tuple[int, ...]]  # (leaf, sub-leaf): bits of eax, ebx, ecx and edx
+ALL = 0xFFFF_FFFF
+# What follows the vCPU's control registers and MSRs.
+MSR_DEPENDENT: Masks = {
     (1, 0): (0, 0, OSXSAVE | 1 << 3, 1 << 9),
     (7, 0): (0, 0, OSPKE, 0),
-    (0xD, 0): (0, 0xFFFF_FFFF, 0, 0),
-    (0xD, 1): (0, 0xFFFF_FFFF, 0, 0),
+    (0xD, 0): (0, ALL, 0, 0),
+    (0xD, 1): (0, ALL, 0, 0),
     (0x8000_0001, 0): (0, 0, 0, 1 << 9),
+}
+# A nested KVM that runs guest user mode natively shows the real processor's features, whatever the table says.
+FEATURES: Masks = {
+    (1, 0): (0, 0, ~(VMX | HYPERVISOR), ALL),
+    (7, 0): (0, ALL, ALL, ALL),
+    (7, 1): (ALL, 0, 0, 0),
+    (0xD, 1): (ALL, 0, 0, 0),
 }
 
 
@@ -109,7 +113,7 @@ def ask(kvm_fd: int, cpus: int, interface: Interface, wanted: list[tuple[int, in
         memory = machine.vm.memory
         for number, (leaf, subleaf) in enumerate(wanted):
             memory.write(QUESTIONS + 8 * number, leaf.to_bytes(4, "little") + subleaf.to_bytes(4, "little"))
-        done = Doorbell(machine.vm, "done")  # type: ignore[arg-type]
+        done = Doorbell(machine.vm, "done")
         machine.vm.pio.add(done, 0xF5, 1)
         if cpus > 1:
             rig.wake(machine)
@@ -134,7 +138,7 @@ def test_the_guest_sees_the_machines_cpuid(kvm_fd: int, cpus: int, interface: In
     vm.close()
     table = vcpu_cpuid(shared, cpus - 1)
     answers = ask(kvm_fd, cpus, interface, [(entry[0], entry[1]) for entry in table])
-    nothing = (0, 0, 0, 0)
+    nothing: tuple[int, ...] = (0, 0, 0, 0)
     for entry, answer in zip(table, answers, strict=True):
         key = (entry[0], entry[1])
         free = MSR_DEPENDENT.get(key, nothing)

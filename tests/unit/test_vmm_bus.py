@@ -363,11 +363,11 @@ def test_look_ups_go_on_while_the_table_changes(vm: ReplayVm) -> None:
     script = [("read", fixed, 8), ("read", fixed + 8, 4), ("read", 0x1000, 8), ("read", fixed + 0x40, 8)]
     with rig.replay(script, script, rounds=1 << 40) as machine:
         mmio = machine.vm.mmio
-        msix = Msix(machine.vm, 1)  # type: ignore[arg-type]  # any back end's
+        msix = Msix(machine.vm, 1)
         mmio.add(msix.table, fixed, 16)
         mmio.write(fixed, 8, 0x1122334455667788)
         mmio.write(fixed + 8, 4, 0x99AABBCC)
-        moving = [Doorbell(machine.vm, str(number)) for number in range(8)]  # type: ignore[arg-type]
+        moving = [Doorbell(machine.vm, str(number)) for number in range(8)]
         machine.start()
         seed = random.randrange(1 << 32)
         print("seed", seed)
@@ -413,8 +413,8 @@ def test_vcpus_move_bars_while_others_read() -> None:
         vm.pio.add(ports, 0xCF8, 8)
         functions = []
         for slot in (1, 2):
-            made = PciFunction(vm, f"slot {slot}", vendor=0x1AF4, device=0x1000)  # type: ignore[arg-type]
-            made.add_bar(0, "mmio32", 0x1000, Doorbell(vm, f"slot {slot}"))  # type: ignore[arg-type]
+            made = PciFunction(vm, f"slot {slot}", vendor=0x1AF4, device=0x1000)
+            made.add_bar(0, "mmio32", 0x1000, Doorbell(vm, f"slot {slot}"))
             made.attach(slot, 0, 0)
             made.write(0x04, 2, 2)
             ports.install(slot, 0, made)

@@ -1,5 +1,6 @@
 """Interrupt lines, message-signalled vectors and doorbells, on the replay back end, which records what was raised."""
 
+import functools
 import os
 import random
 import select
@@ -162,7 +163,7 @@ def test_every_ring_of_many_vcpus_counts() -> None:
     """In a BAR's window, too."""
     script = [("write", 0x5010, 4, 1), ("retry",), ("out", 0x80, 1, 1)]
     with rig.replay(*[script] * 4, rounds=2000) as machine:
-        memory, port = Doorbell(machine.vm, "memory"), Doorbell(machine.vm, "port")  # type: ignore[arg-type]
+        memory, port = Doorbell(machine.vm, "memory"), Doorbell(machine.vm, "port")
         window = Window("bar")
         window.add(memory, 0x10, 4)
         machine.vm.mmio.add(window, 0x5000, 0x1000)
@@ -204,8 +205,12 @@ def test_every_slot_there_is() -> None:
     """Also those at the edges of the words that say which are ready."""
     vm = ReplayVm()
     heard: list[int] = []
+
+    def note(number: int, bits: int) -> None:
+        heard.append(number)
+
     for number in range(256):
-        assert vm.mailbox.register(lambda bits, number=number: heard.append(number)) == number
+        assert vm.mailbox.register(functools.partial(note, number)) == number
     with pytest.raises(Exception, match="more than 256 event sources"):
         vm.mailbox.register(print)
     for number in random.Random(1).sample(range(256), 256):
@@ -274,7 +279,7 @@ def test_no_event_is_lost_or_doubled_under_threads() -> None:
             vm.mailbox.send(number, 1 << count % 32)
 
     for number in range(threads):
-        vm.mailbox.register(lambda bits, number=number: hear(number, bits))
+        vm.mailbox.register(functools.partial(hear, number))
     senders = [threading.Thread(target=send, args=(number,)) for number in range(threads)]
     for sender in senders:
         sender.start()
@@ -288,7 +293,7 @@ def test_no_event_is_lost_or_doubled_under_threads() -> None:
 
 
 def test_no_event_of_a_vcpu_is_lost() -> None:
-    """Sixteen vCPUs fail, are released, fail again: each failure is heard exactly once, from threads without the GIL."""
+    """Sixteen vCPUs fail, are released, fail again: each failure is heard once, from threads without the GIL."""
     count, failures = 16, 50
     script = [("retry",), ("fail", 7)]
     with rig.replay(*[script] * count, rounds=failures) as machine:

@@ -40,7 +40,7 @@ def test_each_exit_reaches_its_bus_in_order() -> None:
     ]
     with rig.replay(script) as machine:
         vm, vcpu = machine.vm, machine.vcpus[0]
-        msix = Msix(vm, 1)  # type: ignore[arg-type]
+        msix = Msix(vm, 1)
         vm.mmio.add(msix.table, 0x2000, 16)
         machine.start()
         machine.spin_until("the end of the script", lambda: vcpu.is_done)
@@ -59,7 +59,7 @@ def test_string_instructions_repeat_the_access(size: int, count: int) -> None:
     script = [("outs", 0x80, size, bytes(size * count)), ("ins", 0x80, size, count), ("ins", 0x100, size, count)]
     with rig.replay(script) as machine:
         vcpu = machine.vcpus[0]
-        bell = Doorbell(machine.vm, "bell")  # type: ignore[arg-type]
+        bell = Doorbell(machine.vm, "bell")
         machine.vm.pio.add(bell, 0x80, 8)
         machine.start()
         machine.spin_until("the end of the script", lambda: vcpu.is_done)

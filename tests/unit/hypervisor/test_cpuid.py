@@ -73,9 +73,9 @@ HOSTS = {"intel": INTEL, "amd": AMD, "old": OLD}
 COUNTS = [1, 2, 3, 4, 5, 63, 64]
 
 
-def seen(host: str, cpus: int, index: int = 0, interface: Interface = "kvm", *, deadline: bool = True) -> dict[
-    tuple[int, int], Entry
-]:
+def seen(
+    host: str, cpus: int, index: int = 0, interface: Interface = "kvm", *, deadline: bool = True
+) -> dict[tuple[int, int], Entry]:
     """What vCPU `index` sees, by leaf and sub-leaf, each once."""
     table = [Entry(*entry) for entry in vcpu_cpuid(machine_cpuid(HOSTS[host], cpus, interface, deadline), index)]
     found = {(entry.function, entry.subleaf): entry for entry in table}
@@ -222,5 +222,5 @@ def test_the_hosts_table_is_not_changed() -> None:
     again = machine_cpuid(INTEL, 3, "kvm", deadline_timer=True)
     kept = list(shared)
     vcpu_cpuid(shared, 2)
-    assert INTEL == before
+    assert before == INTEL
     assert shared == again == kept
