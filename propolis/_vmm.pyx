@@ -567,15 +567,17 @@ cdef class Window(Region):
     def add(self, Region region, offset: int, length: int) -> None:
         """Adds a part; parts do not overlap, and are added before the window is placed."""
         cdef uint32_t i = self.parts.count
+        cdef uint32_t j
         cdef uint64_t base = offset
         cdef uint64_t last = base + (<uint64_t>length - 1)
         if length == 0 or last < base or self.parts.count == MAX_PARTS:
             raise HypervisorError(f"{self.name}: no room for {region.name}")
         while i > 0 and self.parts.at[i - 1].base > last:
-            self.parts.at[i] = self.parts.at[i - 1]
             i -= 1
         if i > 0 and self.parts.at[i - 1].last >= base:
             raise HypervisorError(f"{self.name} {base:#x}: {region.name} overlaps another part")
+        for j in range(self.parts.count - i):
+            self.parts.at[self.parts.count - j] = self.parts.at[self.parts.count - j - 1]
         self.parts.at[i] = Mapping(base=base, last=last, region=<void *>region)
         self.parts.count += 1
         self.owners.append(region)

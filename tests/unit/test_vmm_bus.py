@@ -340,6 +340,10 @@ def test_parts_do_not_overlap(vm: ReplayVm, offset: int, length: int) -> None:
     window.add(Doorbell(vm, "before"), 0x08, 8)
     with pytest.raises(HypervisorError, match="late overlaps another part"):
         window.add(Doorbell(vm, "late"), offset, length)
+    vm.mmio.add(window, 0x5000, 0x1000)  # and those that were there are where they were
+    assert vm.mmio.read(0x5006, 8) == 0x0000_0000_0000_FFFF
+    assert vm.mmio.read(0x500E, 8) == 0
+    assert vm.mmio.read(0x5014, 8) == 0xFFFF_FFFF_0000_0000
 
 
 def test_a_window_refuses_what_it_has_no_room_for(vm: ReplayVm) -> None:
