@@ -11,7 +11,6 @@ from typing import Any, Generic, Self, TypeVar
 import msgspec
 
 from propolis._vmm import GuestMemory
-from propolis.hypervisor import MachineVcpu
 from propolis.hypervisor._kvm import KvmVcpu, KvmVm
 from propolis.hypervisor._replay import ReplayVcpu, ReplayVm
 from propolis.hypervisor.cpuid import Interface, machine_cpuid, vcpu_cpuid
@@ -23,7 +22,7 @@ CODE = 0x1000  # where tiny guests begin, in real mode
 MEMORY = 1 << 20
 
 M = TypeVar("M", ReplayVm, KvmVm)
-V = TypeVar("V", bound=MachineVcpu)
+V = TypeVar("V", ReplayVcpu, KvmVcpu)
 
 
 class Rig(Generic[M, V]):

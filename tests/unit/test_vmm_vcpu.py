@@ -10,7 +10,8 @@ import pytest
 from propolis._vmm import Doorbell
 from propolis.devices.pci._msix import Msix
 from propolis.errors import HypervisorError
-from propolis.hypervisor import MachineVm, create_vcpu, open_vm
+from propolis.hypervisor import VCPU_NAMES, VM_NAMES, create_vcpu, open_vm
+from propolis.hypervisor._kvm import KvmVcpu, KvmVm
 from propolis.hypervisor._replay import ReplayVcpu, ReplayVm
 from tests import rig
 
@@ -183,13 +184,20 @@ def test_vcpus_come_and_go() -> None:
 
 
 def test_the_back_end_is_chosen_by_name() -> None:
-    vm: MachineVm = open_vm("replay")
+    vm = open_vm("replay")
     vcpu = create_vcpu(vm, 3, print)
     assert (type(vm), type(vcpu), vcpu.index) == (ReplayVm, ReplayVcpu, 3)
     vcpu.close()
     vm.close()
     with pytest.raises(HypervisorError, match="expected kvm or replay"):
         open_vm("xen")
+
+
+def test_every_back_end_has_the_same_names() -> None:
+    """What machine.py may ask for."""
+    for vm, vcpu in ((ReplayVm, ReplayVcpu), (KvmVm, KvmVcpu)):
+        assert all(callable(getattr(vm, name)) for name in VM_NAMES)
+        assert all(callable(getattr(vcpu, name)) for name in VCPU_NAMES)
 
 
 @pytest.mark.parametrize("script", [[("jump", 1)], [("outs", 0x80, 1, bytes(65))], [("ins", 0x80, 4, 17)]])
