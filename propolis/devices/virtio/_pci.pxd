@@ -66,7 +66,7 @@ cdef class VirtioPci(PciFunction):
     cdef uint8_t generation
     cdef bint config_changed             # since the driver last read any of it
     cdef uint64_t ignored                # accesses that were not allowed
-    cdef int bad_queue                   # RingError of the last refused queue_enable
+    cdef uint32_t bad_queue              # RingError of the last refused queue_enable; read relaxed
     cdef pthread_mutex_t isr_lock
     cdef uint32_t isr                    # under: isr_lock
 

@@ -311,7 +311,7 @@ cdef class VirtioPci(PciFunction):
         if error == 0:
             queue.enabled = 1
         else:
-            self.bad_queue = error
+            st32_rlx(&self.bad_queue, <uint32_t>error)
             st32_rlx(&self.status, self.status | STATUS_NEEDS_RESET)
             self.vm.mailbox.post(self.slot_in_mailbox, EVENT_BROKEN)
 
@@ -332,12 +332,14 @@ cdef class VirtioPci(PciFunction):
             new &= ~<uint32_t>STATUS_FEATURES_OK
         if not new & STATUS_FEATURES_OK or self.status & STATUS_NEEDS_RESET:
             new &= ~<uint32_t>STATUS_DRIVER_OK | (self.status & STATUS_DRIVER_OK)
-        if new & ~self.status & STATUS_DRIVER_OK:
+        value = new & ~self.status & STATUS_DRIVER_OK
+        if value:
             for i in range(self.queue_count):
                 (<Queue>self.queue_at[i]).negotiate(self.accepted)
             self.live = True
-            self.vm.mailbox.post(self.slot_in_mailbox, EVENT_ACTIVATE)
         st32_rlx(&self.status, new)
+        if value:  # after the status: the loop looks there whether the event still holds
+            self.vm.mailbox.post(self.slot_in_mailbox, EVENT_ACTIVATE)
 
     cdef void _clear(self) noexcept nogil:
         """The state after a reset; nobody uses the queues."""
@@ -517,7 +519,7 @@ cdef class VirtioPci(PciFunction):
     @property
     def queue_failure(self) -> str:
         """Why a queue could not be enabled."""
-        return _ERRORS[self.bad_queue]
+        return _ERRORS[ld32_rlx(&self.bad_queue)]
 
     def stats(self) -> dict:
         return {"ignored": self.ignored}
