@@ -22,7 +22,7 @@ LOGIN = r"login: "
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[78=>]")
 _UNFINISHED = re.compile(r"\x1b(\[[0-9;?]*)?$")
 
-SLOWER = 6 if os.environ.get("KVM_LAB") else 1
+SLOWER = 3 if os.environ.get("KVM_LAB") else 1
 """Everything takes longer in the lab, an emulated machine: waits are multiplied by this."""
 
 
