@@ -76,7 +76,14 @@ class Board:
         with ExitStack() as failed:
             fd = keeper.open_disk(backend.path, read_only=backend.readonly)
             failed.callback(os.close, fd)
-            file = FileBackend(fd, pool, read_only=backend.readonly, path=backend.path)
+            file = FileBackend(
+                fd,
+                pool,
+                read_only=backend.readonly,
+                path=backend.path,
+                block_size=backend.block_size,
+                skip_flush=backend.skip_flush,
+            )
             failed.pop_all()  # the backend owns it now
         undo.callback(file.close)
         disk = VirtioBlk(

@@ -25,12 +25,13 @@ cdef class IoPool:
 
     cdef void enqueue(self, Io *first, Io *last, uint32_t count) noexcept nogil
     cdef void _serve(self) noexcept nogil
-    cdef int _perform(self, int fd, Io *io) noexcept nogil
+    cdef int _perform(self, int fd, bint skip_sync, Io *io) noexcept nogil
     cdef int _zero(self, int fd, const Extent *extent) noexcept nogil
 
 cdef class PoolEngine(Engine):
     cdef IoPool pool
     cdef int file                        # borrowed descriptor: the backend closes it after this engine
+    cdef bint skip_sync                  # never changes
     cdef Io *batch_first                 # submitted, not committed; written by: the submitter
     cdef Io *batch_last
     cdef uint32_t batch_count

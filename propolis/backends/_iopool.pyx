@@ -147,7 +147,7 @@ cdef class IoPool:
                 self.last = NULL
             self.performed += 1
             pthread_mutex_unlock(&self.lock)
-            io.result = self._perform((<PoolEngine>io.engine).file, io)
+            io.result = self._perform((<PoolEngine>io.engine).file, (<PoolEngine>io.engine).skip_sync, io)
             (<PoolEngine>io.engine).complete(io)
             pthread_mutex_lock(&self.lock)
         pthread_mutex_unlock(&self.lock)
@@ -166,7 +166,7 @@ cdef class IoPool:
             pthread_cond_signal(&self.work)
             wake -= 1
 
-    cdef int _perform(self, int fd, Io *io) noexcept nogil:
+    cdef int _perform(self, int fd, bint skip_sync, Io *io) noexcept nogil:
         cdef int result = 0
         cdef uint32_t i
         if io.op == IO_READ or io.op == IO_WRITE:
@@ -179,7 +179,7 @@ cdef class IoPool:
                     result = self._zero(fd, &io.extents[i])
                 if result < 0:
                     return result
-        if io.op == IO_FLUSH or io.durable and result == 0:
+        if not skip_sync and (io.op == IO_FLUSH or io.durable and result == 0):
             result = sync(fd)
         return result
 
@@ -229,11 +229,12 @@ cdef class IoPool:
 
 @cython.no_gc_clear
 cdef class PoolEngine(Engine):
-    """One queue's way to the pool, for the open file `file`."""
+    """One queue's way to the pool, for the open file `file`; with `skip_sync` nothing waits until it is durable."""
 
-    def __init__(self, IoPool pool, file: int) -> None:
+    def __init__(self, IoPool pool, file: int, skip_sync: bool = False) -> None:
         self.pool = pool
         self.file = file
+        self.skip_sync = skip_sync
         pool.engines.append(self)
 
     cdef void submit(self, Io *io) noexcept nogil:

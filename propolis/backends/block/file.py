@@ -20,14 +20,28 @@ MAX_EXTENT = 32 << 20  # a bound for the time of one operation where zeros have 
 class FileBackend(BlockBackend):
     """Owns `fd` from now on. `path` is for messages. The size is fixed when it is opened.
 
-    Whoever opened it holds the lock (see image.py): it goes with the open file, so it ends with the last descriptor.
+    `block_size` is that of a file; a block device has its own. With `skip_flush` a flush, and a write that asks to be
+    durable, complete without waiting for the disk.
+
+    Whoever opened it holds the lock (disk_image.py): it goes with the open file, so it ends with the last descriptor.
     """
 
-    def __init__(self, fd: int, pool: IoPool, *, read_only: bool = False, path: str = "", discard: bool | None = None):
+    def __init__(
+        self,
+        fd: int,
+        pool: IoPool,
+        *,
+        read_only: bool = False,
+        path: str = "",
+        block_size: int = 512,
+        skip_flush: bool = False,
+        discard: bool | None = None,
+    ) -> None:
         self.fd = fd
         self.path = path or f"descriptor {fd}"
         self.read_only = read_only
         self._pool = pool
+        self._skip_flush = skip_flush
         self._engines: list[PoolEngine] = []
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         if not read_only and flags & os.O_ACCMODE != os.O_RDWR:
@@ -39,6 +53,7 @@ class FileBackend(BlockBackend):
             self._measure_device()
         elif stat.S_ISREG(mode):
             self.capacity = os.fstat(fd).st_size
+            self.block_size = block_size
         else:
             raise ImageError(f"disk {self.path!r}: neither a file nor a block device")
         if self.capacity % self.block_size:
@@ -69,7 +84,7 @@ class FileBackend(BlockBackend):
         return punch_hole(self.fd, self.capacity + (1 << 20), 4096) == 0
 
     def engine(self) -> Engine:
-        engine = PoolEngine(self._pool, self.fd)
+        engine = PoolEngine(self._pool, self.fd, self._skip_flush)
         self._engines.append(engine)
         return engine
 

@@ -211,3 +211,14 @@ def test_the_base_engine_refuses() -> None:
     [operation] = run(engine, Operation("flush"))
     assert operation.error == errno.EOPNOTSUPP
     assert engine.close()
+
+
+@pytest.mark.parametrize(("skip_sync", "result"), [(False, errno.EINVAL), (True, 0)])
+def test_durability_may_be_skipped(pool: IoPool, skip_sync: bool, result: int) -> None:
+    """Neither a flush nor a durable write reaches fdatasync, which /dev/null does not have."""
+    fd = os.open("/dev/null", os.O_RDWR)
+    engine = PoolEngine(pool, fd, skip_sync)
+    done = run(engine, Operation("flush"), Operation("write", 0, [b"x"], durable=True))
+    assert [operation.error for operation in done] == [result, result]
+    assert engine.close()
+    os.close(fd)

@@ -88,6 +88,22 @@ def test_a_cut_off_block(pool: IoPool, image: Path, caplog: pytest.LogCaptureFix
     assert backend.close()
 
 
+@pytest.mark.parametrize("block_size", [512, 2048, 4096])
+def test_block_sizes(pool: IoPool, image: Path, block_size: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a file it is what is asked for, and only whole blocks count."""
+    os.truncate(image, 5 * block_size + 511)
+    backend = FileBackend(opened(image), pool, block_size=block_size)
+    assert (backend.block_size, backend.capacity) == (block_size, 5 * block_size)
+    assert backend.physical_block_size >= block_size
+    assert "last block is cut off" in caplog.text
+    assert backend.close()
+    os.truncate(image, block_size - 1)
+    fd = opened(image)
+    with pytest.raises(ImageError, match=f"smaller than one block of {block_size} bytes"):
+        FileBackend(fd, pool, block_size=block_size)
+    os.close(fd)
+
+
 def test_not_a_file(pool: IoPool) -> None:
     fd = os.open("/dev/null", os.O_RDWR)
     with pytest.raises(ImageError, match="neither a file nor a block device"):
