@@ -6,7 +6,7 @@ A standalone VM is its own keeper; behind the daemon the keeper is a process of 
 import os
 from io import FileIO
 
-from propolis.backends.block.image import open_image
+from propolis.disk_image import open_image
 from propolis.errors import HypervisorError, ImageError
 
 

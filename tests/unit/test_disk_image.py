@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from propolis.backends.block.image import lock_image, open_image
+from propolis.disk_image import lock_image, open_image
 from propolis.errors import BackendError, BusyError, ImageError
 
 
@@ -65,7 +65,7 @@ def test_the_lock_goes_with_the_open_file(image: Path) -> None:
 
 def test_another_program_is_named(image: Path) -> None:
     program = (
-        "import sys; from propolis.backends.block.image import open_image;"
+        "import sys; from propolis.disk_image import open_image;"
         "fd = open_image(sys.argv[1]); print('locked', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
