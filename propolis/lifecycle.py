@@ -138,7 +138,7 @@ class Lifecycle:
         return self.record
 
     async def run(self) -> Record:
-        """Serves requests and events until the VM is STOPPED or FAILED; returns that record."""
+        """Serves requests and events until the VM is STOPPED or FAILED; returns that record, for the caller to tell."""
         try:
             while not self.record.state.is_final:
                 await self._wake.wait()
@@ -216,7 +216,6 @@ class Lifecycle:
         except PropolisError as error:
             # Final all the same: whoever waits must hear of it.
             detail = detail if str(error) in detail else f"{detail}; {error}"
-        log.error("the VM failed: %s", detail)
         await self._publish(State.FAILED, detail)
 
     async def _publish(self, state: State, detail: str = "") -> None:

@@ -4,12 +4,15 @@ COM1 is the unix socket ./ttya, or this terminal with --console. The first SIGIN
 button, the second ends the VM.
 """
 
+from __future__ import annotations
+
 import argparse
 import asyncio
 import logging
 import signal
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING
 
 import uvloop
 
@@ -22,7 +25,12 @@ from propolis.keeper import LocalKeeper
 from propolis.lifecycle import GuestEvent, Lifecycle, Record, Request, State
 from propolis.machine import Machine
 from propolis.names import NameLock
-from propolis.spec import Spec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from propolis.console.terminal import Terminal
+    from propolis.spec import Spec
 
 SOCKET = "./ttya"
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -70,10 +78,13 @@ def main(argv: list[str] | None = None) -> int:
     log.debug("imports done")
     try:
         spec = standalone_config.load(options.config)
+        standalone = Standalone(spec, console=options.console, escape=options.escape)
         if options.check:
             return 0
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(Standalone(spec, console=options.console, escape=options.escape).run())
+            return runner.run(standalone.run())
+    except KeyboardInterrupt:  # before there is a loop to handle it
+        return 128 + signal.SIGINT
     except ConfigError as error:
         _complain(str(error))  # a line for each problem, with its place in the file
         return 2
@@ -83,19 +94,38 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _complain(message: str) -> None:
-    print(message, file=sys.stderr)  # noqa: T201 -- this is what a program says to its user
+    with suppress(OSError):  # a terminal that hung up: nobody is there to be told, and the exit status still counts
+        print(message, file=sys.stderr)  # noqa: T201 -- this is what a program says to its user
+
+
+@contextmanager
+def _log_to_raw_terminal() -> Iterator[None]:
+    """Lines of the log begin at the left edge of a terminal that does not see to that itself."""
+    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.StreamHandler)]
+    for handler in handlers:
+        handler.terminator = "\r\n"
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.terminator = "\n"
 
 
 class Standalone:
     """One run of one VM: its name, its console, its signals."""
 
     def __init__(self, spec: Spec, *, console: bool, escape: str) -> None:
+        """Raises ConfigError where there is no such `escape` key."""
         self._spec = spec
-        self._console = console
-        self._escape = escape
+        self._terminal: Terminal | None = None
+        if console:
+            from propolis.console.terminal import Terminal, parse_escape
+
+            self._terminal = Terminal(escape=parse_escape(escape), name=spec.name)
         self._lifecycle: Lifecycle | None = None
         self._signals: list[signal.Signals] = []
         self._ended_by: signal.Signals | None = None
+        self._waiting: asyncio.Task[NameLock] | None = None
 
     async def run(self) -> int:
         """Runs the VM to its end; returns the exit status. Raises PropolisError where it cannot begin."""
@@ -103,13 +133,19 @@ class Standalone:
         for number in ENDING_SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         async with AsyncExitStack() as stack:
-            stack.enter_context(await NameLock.acquire(self._spec.name))
+            self._waiting = loop.create_task(NameLock.acquire(self._spec.name))
+            try:
+                stack.enter_context(await self._waiting)
+            except asyncio.CancelledError:
+                if self._ended_by is None:
+                    raise
+                return 128 + self._ended_by
             machine = Machine(self._spec, LocalKeeper(), self._report)
             stack.push_async_callback(machine.halt)
             self._lifecycle = Lifecycle(machine, reboot_ends=self._spec.exit_on_reboot is not None)
             hub = self._connect(machine)
-            if self._console:
-                record = await self._run_at_terminal(hub, stack)
+            if self._terminal is not None:
+                record = await self._run_at_terminal(self._terminal, hub, stack)
             else:
                 await self._open_socket(hub, stack)
                 record = await self._run_lifecycle(hub)
@@ -124,6 +160,7 @@ class Standalone:
         hub = ConsoleHub(ConsoleHistory(), com1.feed)
         com1.on_output = hub.feed
         com1.on_input_room = hub.input_ready
+        com1.on_reset = hub.discard_input
         return hub
 
     async def _open_socket(self, hub: ConsoleHub, stack: AsyncExitStack) -> None:
@@ -140,18 +177,29 @@ class Standalone:
         await hub.close()
         return record
 
-    async def _run_at_terminal(self, hub: ConsoleHub, stack: AsyncExitStack) -> Record:
+    async def _run_at_terminal(self, terminal: Terminal, hub: ConsoleHub, stack: AsyncExitStack) -> Record:
         """Attaches this terminal until the VM ends or its user leaves; then the console is ./ttya after all."""
-        from propolis.console.terminal import Terminal, parse_escape
-
-        terminal = Terminal(escape=parse_escape(self._escape), name=self._spec.name)
-        async with asyncio.TaskGroup() as tasks:
-            running = tasks.create_task(self._run_lifecycle(hub))
-            why = await terminal.attach(hub.attach)
-            if why == "escape":
-                await self._open_socket(hub, stack)
-                _complain(f"[the VM runs on: its console is {SOCKET}, Ctrl-C presses its power button]")
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = tasks.create_task(self._run_lifecycle(hub))
+                with _log_to_raw_terminal():
+                    why = await terminal.attach(hub.attach)
+                if why != "ended":
+                    await self._move_console(hub, stack)
+        except BaseExceptionGroup as group:
+            if len(group.exceptions) == 1:
+                raise group.exceptions[0] from None
+            raise
         return running.result()
+
+    async def _move_console(self, hub: ConsoleHub, stack: AsyncExitStack) -> None:
+        """To the socket. The guest must not end because that cannot be had."""
+        try:
+            await self._open_socket(hub, stack)
+        except PropolisError as error:
+            _complain(f"[the VM runs on without a console: {error}; Ctrl-C presses its power button]")
+        else:
+            _complain(f"[the VM runs on: its console is {SOCKET}, Ctrl-C presses its power button]")
 
     def _status(self, record: Record) -> int:
         assert self._lifecycle is not None
@@ -168,7 +216,11 @@ class Standalone:
         self._signals.append(number)
         if self._lifecycle is None:
             self._ended_by = number
+            if self._waiting is not None:  # for an earlier VM of this name to end
+                self._waiting.cancel()
             return
+        if self._lifecycle.record.state is State.STOPPING or self._lifecycle.record.state.is_final:
+            return  # it ends already, and its own way decides the exit status
         try:
             if len(self._signals) == 1:
                 self._lifecycle.request(Request.POWER_BUTTON)

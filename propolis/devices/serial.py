@@ -22,14 +22,19 @@ def ignore_room() -> None:
     """Nobody types."""
 
 
+def ignore_reset() -> None:
+    """Nobody has anything for the guest in hand."""
+
+
 class Serial(Device):
-    """One COM port. Whoever shows it sets `on_output` and `on_input_room`; both are called on the loop thread."""
+    """One COM port. Whoever shows it sets the `on_` functions, which are called on the loop thread."""
 
     def __init__(self, vm: Vm, number: int, name: str | None = None) -> None:
         super().__init__(name or f"com{number}")
         base, irq = PORTS[number]
         self.on_output: Callable[[bytes], None] = ignore_output
         self.on_input_room: Callable[[], None] = ignore_room
+        self.on_reset: Callable[[], None] = ignore_reset
         self._uart = Uart(vm, self.name, irq, vm.mailbox.register(self._on_events))
         vm.pio.add(self._uart, base, PORT_COUNT)
 
@@ -52,6 +57,7 @@ class Serial(Device):
             self.on_input_room()
 
     def reset(self) -> None:
+        self.on_reset()
         self._uart.reset()
 
     async def halt(self) -> None:

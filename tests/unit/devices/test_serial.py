@@ -404,3 +404,13 @@ def test_fuzz(seed: int) -> None:
     bench.serial.reset()
     assert not bench.irq()
     assert bench.get(IIR) == 0x01
+
+
+def test_a_reset_is_told(bench: Bench) -> None:
+    """Before there is room again: what was typed for the guest that is gone is not for the next one."""
+    assert bench.serial.feed(bytes(20)) == 1
+    bench.serial.on_reset = lambda: told.append(bench.rooms)
+    told: list[int] = []
+    bench.serial.reset()
+    bench.vm.mailbox.dispatch()
+    assert (told, bench.rooms) == ([0], 1)
