@@ -41,8 +41,8 @@ def _noting(factory: Callable[[], asyncio.AbstractEventLoop]) -> Callable[[], as
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """The loops that each async test runs on; one where a guest's boot is what takes the time."""
-    if item.get_closest_marker("os") is not None:
+    """The loops that each async test runs on; one where a program is tested that has a loop of its own."""
+    if item.get_closest_marker("os") is not None or item.get_closest_marker("program") is not None:
         return {"asyncio": _noting(asyncio.SelectorEventLoop)}
     return {"asyncio": _noting(asyncio.SelectorEventLoop), "uvloop": _noting(uvloop.new_event_loop)}
 
@@ -135,6 +135,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"no unmodified kernel runs on this host's KVM ({_kvm()}); make test runs this in the lab")
     if item.get_closest_marker("kvm") is not None and not _kvm().is_usable:
         pytest.skip(str(_kvm()))
+
+
+@pytest.fixture
+def rounds() -> int:
+    """How often to repeat what must not wear out: the environment's ROUNDS, or 2."""
+    return int(os.environ.get("ROUNDS", "2"))
 
 
 @pytest.fixture

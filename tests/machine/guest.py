@@ -89,7 +89,7 @@ class Guest:
         deadline = time.monotonic() + within * SLOWER
         while True:
             with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                reader, self._writer = await self._connect()
+                reader, self._writer = await self.connect()
                 break
             self._must_run("its console appeared")
             if time.monotonic() > deadline:
@@ -160,6 +160,15 @@ class Guest:
 
     # ---- console
 
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """One more client of the console."""
+        # A socket's path may be at most 107 bytes long; through /proc/self/fd it is short wherever the directory is.
+        folder = os.open(self.directory, os.O_PATH | os.O_DIRECTORY)
+        try:
+            return await asyncio.open_unix_connection(f"/proc/self/fd/{folder}/{self._console.name}")
+        finally:
+            os.close(folder)
+
     async def send(self, text: str) -> None:
         """Type on the console."""
         assert self._writer is not None, "the guest was not started"
@@ -184,14 +193,6 @@ class Guest:
         before = self.transcript[self._at : match.start()]
         self._at = match.end()
         return match, before
-
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        # A socket's path may be at most 107 bytes long; through /proc/self/fd it is short wherever the directory is.
-        folder = os.open(self.directory, os.O_PATH | os.O_DIRECTORY)
-        try:
-            return await asyncio.open_unix_connection(f"/proc/self/fd/{folder}/{self._console.name}")
-        finally:
-            os.close(folder)
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         pending = ""  # an escape sequence whose end has not arrived yet

@@ -1,0 +1,369 @@
+"""`propolis-standalone` as a program: exit statuses, messages, signals, names, locks, reboots. Its guests are tiny."""
+
+import asyncio
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from propolis.names import NameLock
+from tests.machine import kernels, tiny
+from tests.machine.guest import Guest
+
+pytestmark = [pytest.mark.kvm, pytest.mark.program]
+
+SOON = 20
+
+
+async def ready(vm: Guest) -> None:
+    """The guest has greeted."""
+    await vm.expect("ready", SOON, "the kernel's greeting")
+
+
+# -- exit statuses -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("main", "status"), [("", 0), ("exit_on_halt = 7", 7), ("exit_on_reboot = 9", 0)])
+async def test_power_off(tmp_path: Path, main: str, status: int) -> None:
+    """By the guest, after it ran for a while."""
+    async with tiny.guest(tmp_path, main=main) as vm:
+        await ready(vm)
+        await vm.send("hello")
+        await vm.expect("hello", SOON, "the echo")
+        await vm.send("P")
+        assert await vm.exit_status() == status
+    assert tiny.log(vm) == ""
+    assert not (tmp_path / "ttya").exists()
+
+
+@pytest.mark.parametrize("key", ["R", "T"])
+async def test_exit_on_reboot(tmp_path: Path, key: str) -> None:
+    """A reset and a triple fault are reboots."""
+    async with tiny.guest(tmp_path, main="exit_on_halt = 3\nexit_on_reboot = 9") as vm:
+        await ready(vm)
+        await vm.send(key)
+        assert await vm.exit_status() == 9
+
+
+async def test_a_failure_shows_registers_and_instruction(tmp_path: Path) -> None:
+    """Once, in one line."""
+    async with tiny.guest(tmp_path) as vm:
+        await ready(vm)
+        await vm.send("F")
+        assert await vm.exit_status() == 1
+    wanted = r"propolis-standalone: vCPU 0: KVM internal error: .*; rip=0x10[0-9a-f]{4} .* code=d9 05 00 00 00 d0 .*\n"
+    assert re.fullmatch(wanted, tiny.log(vm))
+    assert not (tmp_path / "ttya").exists()
+
+
+def test_every_problem_of_a_configuration_is_told(tmp_path: Path) -> None:
+    """With its place, and nothing is started."""
+    (tmp_path / "vm.toml").write_text('[main]\nname = "x"\ncpus = 99\nmemory = "big"\nkernal = "k"\n')
+    for options in ([], ["--check"]):
+        ended = tiny.run(tmp_path, *options, "vm.toml")
+        assert ended.returncode == 2
+        lines = ended.stderr.splitlines()
+        assert len(lines) == 4, lines
+        assert all(re.match(r"vm\.toml:\d+:\d+: ", line) for line in lines)
+
+
+def test_check_starts_nothing(tmp_path: Path) -> None:
+    tiny.write(tmp_path)
+    ended = tiny.run(tmp_path, "--check", "vm.toml")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_no_configuration(tmp_path: Path) -> None:
+    ended = tiny.run(tmp_path, "absent.toml")
+    assert ended.returncode == 2
+    assert re.fullmatch(r".*absent\.toml.*No such file or directory\n", ended.stderr)
+
+
+def test_no_kernel(tmp_path: Path) -> None:
+    tiny.write(tmp_path)
+    (tmp_path / "vm.toml.kernel").unlink()
+    ended = tiny.run(tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        f"propolis-standalone: open kernel '{tmp_path}/vm.toml.kernel': No such file or directory\n"
+    )
+
+
+def test_no_disk(tmp_path: Path) -> None:
+    tiny.write(tmp_path, more=tiny.disk("absent.raw"))
+    ended = tiny.run(tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr == f"propolis-standalone: open disk '{tmp_path}/absent.raw': No such file or directory\n"
+
+
+def test_a_kernel_that_is_cut_off(tmp_path: Path) -> None:
+    """One line that names the field."""
+    tiny.write(tmp_path, kernel=tiny.MONITOR[:-100])
+    ended = tiny.run(tmp_path)
+    assert ended.returncode == 1
+    assert re.fullmatch(r"propolis-standalone: kernel '.*vm\.toml\.kernel': .*p_filesz.*\n", ended.stderr)
+
+
+NO_KVM = {
+    "mount -t tmpfs none /dev": "/dev/kvm does not exist: load the module kvm_intel or kvm_amd",
+    "mount -t tmpfs -o nodev none /dev && mknod /dev/kvm c 10 232": (
+        "/dev/kvm: permission denied: join the group kvm, or run as root"
+    ),
+}
+
+
+@pytest.mark.parametrize("hide", NO_KVM)
+def test_without_kvm(tmp_path: Path, hide: str) -> None:
+    """The message says what to do. In a mount namespace whose /dev is ours."""
+    tiny.write(tmp_path)
+    ended = tiny.run(tmp_path, before=["unshare", "--mount", "sh", "-c", f'{hide} || exit 99; exec "$@"', "sh"])
+    if ended.returncode == 99 or ended.stderr.startswith("unshare:"):
+        pytest.skip(f"no mount namespace to hide /dev/kvm in: {ended.stderr.strip()}")
+    assert ended.returncode == 1
+    assert ended.stderr == f"propolis-standalone: {NO_KVM[hide]}\n"
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_the_first_signal_presses_the_power_button(tmp_path: Path, number: signal.Signals) -> None:
+    """The guest powers off because of it."""
+    async with tiny.guest(tmp_path) as vm:
+        await ready(vm)
+        assert vm.process is not None
+        vm.process.send_signal(number)
+        await vm.expect("button", SOON, "the guest's word that the button was pressed")
+        assert await vm.exit_status() == 0
+
+
+@pytest.mark.parametrize("key", ["", "S"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_the_second_signal_ends_the_vm(tmp_path: Path, number: signal.Signals, key: str) -> None:
+    """Whether the guest has heard the first and does nothing, or spins."""
+    async with tiny.guest(tmp_path, tiny.DEAF) as vm:
+        await ready(vm)
+        assert vm.process is not None
+        vm.process.send_signal(number)
+        await vm.expect("not now", SOON, "the guest's word that the button was pressed")
+        await vm.send(key)
+        vm.process.send_signal(number)
+        assert await vm.exit_status() == 128 + number
+    assert tiny.log(vm) == ""
+    assert not (tmp_path / "ttya").exists()
+
+
+async def test_the_button_is_pressed_before_a_reboot_and_after(tmp_path: Path) -> None:
+    """A reboot does not wear it out."""
+    async with tiny.guest(tmp_path, tiny.DEAF) as vm:
+        assert vm.process is not None
+        await ready(vm)
+        vm.process.send_signal(signal.SIGTERM)
+        await vm.expect("not now", SOON, "the guest's word that the button was pressed")
+        await vm.send("R")
+        await ready(vm)
+        await vm.send("P")
+        assert await vm.exit_status() == 0
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_second_start_ends_the_first(tmp_path: Path) -> None:
+    """That is asked to power off, wherever it was started; the second is a new VM."""
+    (tmp_path / "elsewhere").mkdir()
+    async with tiny.guest(tmp_path) as first:
+        await ready(first)
+        async with tiny.guest(tmp_path / "elsewhere") as second:
+            assert await first.exit_status() == 0
+            await first.expect("button", SOON, "the first guest's word that its button was pressed")
+            await ready(second)
+            await second.send("P")
+            assert await second.exit_status() == 0
+
+
+async def test_a_second_start_in_the_same_folder(tmp_path: Path) -> None:
+    """Has the console and the disk that the first one had, which does not want to end and is made to."""
+    more = tiny.disk("disk.raw")
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    async with tiny.guest(tmp_path, tiny.DEAF, more=more) as first:
+        await ready(first)
+        await first.send("S")
+        tiny.write(tmp_path, kernels.kernel(kernels.power_off()), more=more)
+        ended = await asyncio.to_thread(tiny.run, tmp_path)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert await first.exit_status() == 128 + signal.SIGTERM
+
+
+async def test_a_signal_while_an_earlier_vm_is_ended(tmp_path: Path) -> None:
+    """Ends the waiting one, which has not begun; the other was asked to power off and has not."""
+    tiny.write(tmp_path)
+    async with tiny.guest(tmp_path, tiny.DEAF) as first:
+        await ready(first)
+        second = await asyncio.create_subprocess_exec(
+            *tiny.PROGRAM, "vm.toml", cwd=tmp_path, stderr=asyncio.subprocess.PIPE
+        )
+        await first.expect("not now", SOON, "the first guest's word that its button was pressed")
+        second.send_signal(signal.SIGINT)
+        _, error = await second.communicate()
+        assert (second.returncode, error) == (128 + signal.SIGINT, b"")
+        await first.send("still here")
+        await first.expect("still here", SOON, "the first guest's echo")
+
+
+async def test_the_daemons_name_is_refused(tmp_path: Path) -> None:
+    """And nothing of it is touched."""
+    tiny.write(tmp_path)
+    with await NameLock.acquire(tiny.NAME, program="daemon"):
+        ended = await asyncio.to_thread(tiny.run, tmp_path)
+    assert ended.returncode == 1
+    assert re.fullmatch(rf"propolis-standalone: VM '{tiny.NAME}' belongs to the daemon, process \d+\n", ended.stderr)
+
+
+# -- disks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("second", ["", "read_only = true"])
+async def test_a_disk_that_another_vm_writes(tmp_path: Path, second: str) -> None:
+    """Is refused for writing and for reading, with the name of the holder."""
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    async with tiny.guest(tmp_path, more=tiny.disk("disk.raw")) as vm:
+        await ready(vm)
+        assert vm.process is not None
+        tiny.write(tmp_path, name=f"{tiny.NAME}-2", more=tiny.disk("disk.raw", options=second), file="second.toml")
+        ended = await asyncio.to_thread(tiny.run, tmp_path, "second.toml")
+        assert ended.returncode == 1
+        wanted = "reading" if second else "writing"
+        assert f"disk '{tmp_path}/disk.raw' for {wanted}: in use by " in ended.stderr
+        assert f"(pid {vm.process.pid})" in ended.stderr
+        assert ended.stderr.count("\n") == 1
+        await vm.send("P")
+        assert await vm.exit_status() == 0
+
+
+async def test_a_disk_that_is_only_read_is_shared(tmp_path: Path) -> None:
+    """By two VMs, in folders of their own because of their consoles."""
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    more = tiny.disk("../disk.raw", options="readonly = true")
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    async with (
+        tiny.guest(folders[0], name=f"{tiny.NAME}-a", more=more) as first,
+        tiny.guest(folders[1], name=f"{tiny.NAME}-b", more=more) as second,
+    ):
+        await ready(first)
+        await ready(second)
+
+
+# -- reboots -----------------------------------------------------------------------------------------------------------
+
+
+def _held(pid: int) -> tuple[int, int, int]:
+    """Descriptors, threads, and KiB of memory that only this process has."""
+    process = Path(f"/proc/{pid}")
+    rollup = (process / "smaps_rollup").read_text()
+    memory = re.search(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)
+    assert memory is not None
+    return len(list((process / "fd").iterdir())), len(list((process / "task").iterdir())), int(memory[1])
+
+
+@pytest.mark.parametrize("key", ["R", "T"])
+async def test_reboots_leak_nothing(tmp_path: Path, key: str, rounds: int) -> None:
+    """Twenty in a row: descriptors and threads are as many after the last as after the first, memory is about as much.
+
+    The history of the console goes on.
+    """
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    count = max(20, rounds)
+    async with tiny.guest(tmp_path, more=tiny.disk("disk.raw"), cpus=2) as vm:
+        assert vm.process is not None
+        await ready(vm)
+        after = []
+        for number in range(count):
+            await vm.send(f"{number}.{key}")
+            await vm.expect(rf"{number}\.", SOON, "the echo")
+            await ready(vm)
+            after.append(_held(vm.process.pid))
+        _, writer = late = await vm.connect()
+        async with asyncio.timeout(SOON):
+            history = await late[0].readuntil(f"{count - 1}.".encode())
+        writer.close()
+        await writer.wait_closed()
+        assert history.count(b"ready") == count
+        await vm.send("P")
+        assert await vm.exit_status() == 0
+    assert after[-1][:2] == after[0][:2]
+    assert after[-1][2] < after[0][2] + 1024, after
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+
+NAMES = {"kvm": "KVMKVMKVM\0\0\0", "bhyve": "bhyve bhyve ", "none": None}
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 4])
+async def test_processors_start(tmp_path: Path, cpus: int) -> None:
+    """All others by INIT and SIPI, again after a reboot."""
+    image = kernels.kernel(
+        kernels.wake_others(cpus - 1) + kernels.say("all up\r\n") + kernels.forever(kernels.on_input(kernels.reset()))
+    )
+    async with tiny.guest(tmp_path, image, cpus=cpus) as vm:
+        await vm.expect("all up", SOON, "the word that all processors run")
+        await vm.send("x")
+        await vm.expect("all up", SOON, "the word that all processors run after a reboot")
+
+
+@pytest.mark.parametrize("interface", NAMES)
+async def test_hypervisor_interfaces(tmp_path: Path, interface: str) -> None:
+    """What the guest is told that it runs on."""
+    image = kernels.kernel(
+        kernels.say("[")
+        + kernels.cpuid(0x4000_0000)
+        + kernels.say_registers()
+        + kernels.say("]")
+        + kernels.forever(kernels.on_input(kernels.power_off()))
+    )
+    async with tiny.guest(tmp_path, image, main=f'hypervisor_interface = "{interface}"') as vm:
+        match, _ = await vm.expect(r"(?s)\[(.*)\]", SOON, "the hypervisor's name")
+        await vm.send("x")
+        assert await vm.exit_status() == 0
+    name = NAMES[interface]
+    assert match[1] == name if name is not None else match[1] not in NAMES.values()
+
+
+def _mappings(pid: int) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
+def _free_huge_pages() -> int:
+    found = re.search(r"^HugePages_Free:\s+(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+@pytest.mark.parametrize(
+    ("backing", "mapping"), [("anonymous", ""), ("memfd", "/memfd:"), ("hugetlb", "/anon_hugepage")]
+)
+async def test_memory_backings(tmp_path: Path, backing: str, mapping: str) -> None:
+    """The guest runs in each, and reboots."""
+    if backing == "hugetlb" and _free_huge_pages() < 32:
+        pytest.skip("this host has not 32 free huge pages (sysctl vm.nr_hugepages=32)")
+    async with tiny.guest(tmp_path, main=f'memory_backing = "{backing}"') as vm:
+        await ready(vm)
+        assert vm.process is not None
+        assert mapping in _mappings(vm.process.pid)
+        await vm.send("R")
+        await ready(vm)
+        await vm.send("P")
+        assert await vm.exit_status() == 0
+
+
+def test_huge_pages_that_are_not_there(tmp_path: Path) -> None:
+    """One line that says so."""
+    if _free_huge_pages() >= 32:
+        pytest.skip("this host has enough huge pages")
+    tiny.write(tmp_path, main='memory_backing = "hugetlb"')
+    ended = tiny.run(tmp_path)
+    assert ended.returncode == 1
+    assert re.fullmatch(r"propolis-standalone: .*huge.*\n", ended.stderr)
