@@ -5,6 +5,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -16,6 +17,7 @@ from propolis.hypervisor._replay import ReplayVcpu, ReplayVm
 from propolis.hypervisor.cpuid import Interface, machine_cpuid, vcpu_cpuid
 from propolis.hypervisor.state import Registers, Segment
 
+TREE = Path(__file__).resolve().parents[1]
 PARKED, SHUTDOWN, FAILED, ENDED = 1, 2, 4, 8  # VcpuEvent in _vmm.pxd
 
 CODE = 0x1000  # where tiny guests begin, in real mode
