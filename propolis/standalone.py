@@ -93,6 +93,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+def _log_debug_port(data: bytes) -> None:
+    """What firmware, or a guest of ours, writes to port 0x402."""
+    log.debug("debug port: %s", data.decode("latin-1").rstrip())
+
+
 def _complain(message: str) -> None:
     with suppress(OSError):  # a terminal that hung up: nobody is there to be told, and the exit status still counts
         print(message, file=sys.stderr)  # noqa: T201 -- this is what a program says to its user
@@ -161,6 +166,7 @@ class Standalone:
         com1.on_output = hub.feed
         com1.on_input_room = hub.input_ready
         com1.on_reset = hub.discard_input
+        machine.board.debug_console.on_output = _log_debug_port
         return hub
 
     async def _open_socket(self, hub: ConsoleHub, stack: AsyncExitStack) -> None:
