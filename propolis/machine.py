@@ -66,6 +66,7 @@ class Machine:
         self._moved = asyncio.Event()  # a vCPU parked or ended
         self._threads: list[threading.Thread] = []
         self._failed: MachineVcpu | None = None
+        self._is_panicked = False  # the guest said so, since it was last reset
         self._loop: asyncio.AbstractEventLoop | None = None
         self.vcpus: list[MachineVcpu] = []
         with ExitStack() as undo:
@@ -103,7 +104,8 @@ class Machine:
         self._tables = acpi.build(self.board.tables())
 
     def _on_power(self, events: PowerEvent) -> None:
-        if events & (PowerEvent.PANICKED | PowerEvent.CRASH_LOADED):
+        if events & (PowerEvent.PANICKED | PowerEvent.CRASH_LOADED) and not self._is_panicked:
+            self._is_panicked = True  # once: a guest must not fill the log
             log.warning("the guest's kernel panicked")
         # A guest that asks for both at once is off: nothing it wants afterwards can matter.
         if events & PowerEvent.POWER_OFF:
@@ -135,7 +137,10 @@ class Machine:
             device.start(loop)
         for vcpu in self.vcpus:
             thread = threading.Thread(target=vcpu.run, name=f"vcpu-{vcpu.index}", daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise HypervisorError(f"start the thread of vCPU {vcpu.index}: {error}") from error
             self._threads.append(thread)
         self._release()
 
@@ -162,6 +167,8 @@ class Machine:
         for vcpu in self.vcpus:
             vcpu.hold()
         await self._until("answer a request to pause", lambda vcpu: vcpu.is_parked)
+        # What the guest asked for before it was held has to be known before it may run on.
+        self.vm.mailbox.dispatch()
 
     async def _until(self, what: str, reached: Callable[[MachineVcpu], bool]) -> None:
         try:
@@ -202,6 +209,7 @@ class Machine:
         for vcpu in self.vcpus:
             vcpu.reset()
         self.board.reset()
+        self._is_panicked = False
         # What the guest asked for before the reset is answered by it: collect those events now.
         self.vm.mailbox.dispatch()
         self._power_on()
@@ -212,7 +220,7 @@ class Machine:
         for vcpu in self.vcpus:
             vcpu.stop()
         if self._threads:
-            await self._until("end", lambda vcpu: not self._threads[vcpu.index].is_alive() or vcpu.is_parked)
+            await self._until("end", lambda vcpu: vcpu.is_parked)
             for thread in self._threads:
                 thread.join()
             self._threads.clear()

@@ -1,0 +1,113 @@
+"""The machine on replayed vCPUs: what the guest asks for is known in time, and what cannot start is let go."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from propolis.errors import HypervisorError
+from propolis.keeper import LocalKeeper
+from propolis.lifecycle import GuestEvent
+from propolis.machine import Machine
+from propolis.spec import DirectBoot, Pvpanic, Spec
+from tests.unit.firmware import images
+
+RESET_CONTROL = 0xCF9
+PM1_CONTROL = 0xB004
+PVPANIC = 0x505
+SLEEP_S5 = 0x2000
+
+
+def build(tmp_path: Path, events: list[GuestEvent], cpus: int = 2) -> Machine:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(images.elf())
+    spec = Spec(
+        name="machine",
+        cpus=cpus,
+        memory_mib=16,
+        boot=DirectBoot(kernel=str(kernel)),
+        devices=(Pvpanic(name="panic", enable_isa=True),),
+    )
+    return Machine(spec, LocalKeeper(), events.append, hypervisor="replay")
+
+
+@asynccontextmanager
+async def running(tmp_path: Path, events: list[GuestEvent]) -> AsyncIterator[Machine]:
+    """A machine whose vCPUs idle; the test writes ports in their place."""
+    machine = build(tmp_path, events)
+    try:
+        await machine.start()
+        yield machine
+    finally:
+        await machine.halt()
+
+
+async def test_what_a_guest_asked_for_is_known_once_it_is_held(tmp_path: Path) -> None:
+    """Or it would run on after its own reset when a pause and a resume follow each other at once."""
+    events: list[GuestEvent] = []
+    async with running(tmp_path, events) as machine:
+        await machine.pause()
+        machine.vm.pio.write(RESET_CONTROL, 1, 6)
+        await machine.pause()  # held already: nothing here waits for the loop
+        assert events == [GuestEvent.RESET]
+
+
+async def test_reset_and_power_off_at_once_is_off(tmp_path: Path) -> None:
+    events: list[GuestEvent] = []
+    async with running(tmp_path, events) as machine:
+        machine.vm.pio.write(RESET_CONTROL, 1, 6)
+        machine.vm.pio.write(PM1_CONTROL, 2, SLEEP_S5)
+        await machine.pause()
+        assert events == [GuestEvent.POWER_OFF]
+
+
+async def test_a_guest_that_panics_without_end_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Once in each life of the guest: the log is no place that a guest may fill."""
+    events: list[GuestEvent] = []
+    caplog.set_level(logging.WARNING)
+    async with running(tmp_path, events) as machine:
+        for lives in (1, 2):
+            for _ in range(50):
+                machine.vm.pio.write(PVPANIC, 1, 1)
+                await machine.pause()
+            assert len(caplog.records) == lives
+            await machine.reboot()
+    assert events == []
+
+
+@pytest.mark.parametrize("started", [0, 1])
+async def test_a_machine_whose_threads_cannot_start_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: int
+) -> None:
+    """The host has no thread left: that is an error of ours to report, and nothing stays behind."""
+    start = threading.Thread.start
+    threads: list[threading.Thread] = []
+
+    def exhausted(self: threading.Thread) -> None:
+        if len(threads) == started:
+            raise RuntimeError("can't start new thread")
+        threads.append(self)
+        start(self)
+
+    machine = build(tmp_path, [])
+    monkeypatch.setattr(threading.Thread, "start", exhausted)
+    with pytest.raises(HypervisorError, match=f"vCPU {started}.*can't start new thread"):
+        await machine.start()
+    await machine.halt()
+    await machine.halt()
+    assert not any(thread.is_alive() for thread in threads)
+
+
+async def test_halt_while_rebooting(tmp_path: Path) -> None:
+    """Whoever is cancelled in the middle of a reboot leaves a machine that can be ended."""
+    machine = build(tmp_path, [])
+    await machine.start()
+    reboot = asyncio.ensure_future(machine.reboot())
+    await asyncio.sleep(0)
+    reboot.cancel()
+    await asyncio.gather(reboot, return_exceptions=True)
+    await machine.halt()
