@@ -143,6 +143,7 @@ cdef class ReplayVcpu(Vcpu):
     cdef uint32_t length
     cdef uint32_t position
     cdef uint64_t rounds
+    cdef uint32_t done               # the last step is behind it; written by: vcpu (release)
     cdef uint32_t immediate_exit
     cdef pthread_mutex_t idle_lock
     cdef pthread_cond_t kicked
@@ -202,6 +203,8 @@ cdef class ReplayVcpu(Vcpu):
 
     cdef int enter(self) noexcept nogil:
         cdef Step *step
+        if self.position == self.length and self.rounds <= 1:
+            st32_rel(&self.done, 1)  # what the last step read is in place; pairs with is_done
         if ld32_acq(&self.immediate_exit):
             return EXIT_INTERRUPTED
         if self.position == self.length:
@@ -226,8 +229,8 @@ cdef class ReplayVcpu(Vcpu):
 
     @property
     def is_done(self) -> bool:
-        """Whether the whole script, with all its rounds, has run."""
-        return self.position == self.length and self.rounds <= 1
+        """Whether the whole script, with all its rounds, has run and been answered."""
+        return ld32_acq(&self.done) != 0
 
     def set_cpuid(self, entries: list) -> None:
         self.cpuid = entries
@@ -246,7 +249,7 @@ cdef class ReplayVcpu(Vcpu):
 
     def reset(self) -> None:
         """Starts the script again; held."""
-        self.position = 0
+        self.position = self.done = 0
         self.registers = real_mode_registers()
 
     def close(self) -> None:
