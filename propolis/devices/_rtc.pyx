@@ -77,6 +77,7 @@ cdef class Rtc(Region):
     cdef bint is_provided[RAM_SIZE]
     cdef uint8_t index, a, b, flags
     cdef bint divider_was_reset
+    cdef int64_t standing_ns          # what the host's clock shows while a test has it stand still, else 0
     cdef int64_t offset_ns            # guest time less host time
     cdef int64_t checked_second       # guest time up to which flags are worked out
     cdef uint64_t checked_tick        # the same of the periodic rate
@@ -146,8 +147,11 @@ cdef class Rtc(Region):
 
     # -- under the lock ------------------------------------------------------------------------------------------------
 
+    cdef int64_t _host(self) noexcept nogil:
+        return self.standing_ns if self.standing_ns else realtime_ns()
+
     cdef int64_t _now(self) noexcept nogil:
-        return max(0, realtime_ns() + self.offset_ns)
+        return max(0, self._host() + self.offset_ns)
 
     cdef bint _is_stopped(self) noexcept nogil:
         return self.b & B_SET != 0 or self.a & A_DIVIDER_RESET == A_DIVIDER_RESET
@@ -230,7 +234,7 @@ cdef class Rtc(Region):
             second=self._decode(self.ram[SECONDS]),
         )
         self.checked_second = min(seconds_of(&date), LATEST)
-        self.offset_ns = self.checked_second * SECOND + fraction - realtime_ns()
+        self.offset_ns = self.checked_second * SECOND + fraction - self._host()
 
     cdef uint32_t _rate_shift(self) noexcept nogil:
         """The period is 2^n ticks of 32768 Hz; 0 for none."""
@@ -324,6 +328,12 @@ cdef class Rtc(Region):
         pthread_mutex_lock(&self.lock)
         self._catch_up()
         self._settle()
+        pthread_mutex_unlock(&self.lock)
+
+    def stand_still(self, host_ns: int) -> None:
+        """Takes the host's clock to show this, for good: for tests, of which a busy host would miss milliseconds."""
+        pthread_mutex_lock(&self.lock)
+        self.standing_ns = host_ns
         pthread_mutex_unlock(&self.lock)
 
     def provide(self, index: int, value: int) -> None:
