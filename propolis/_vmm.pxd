@@ -62,7 +62,7 @@ cdef class Region:
 
 cdef enum:
     MAX_MAPPINGS = 512
-    MAX_PARTS = 16
+    MAX_PARTS = 24
     MAX_READERS = 66
 
 cdef struct Mapping:

@@ -229,7 +229,12 @@ class Machine:
             self._loop = None
         for device in reversed(self.devices):
             await device.halt()
+        stuck = [device.name for device in self.devices if device.in_flight()]
         self.devices = []
+        if stuck:
+            # The kernel still writes to guest memory: it stays mapped until this process ends.
+            log.error("host I/O does not end, guest memory is not released: devices=%s", ",".join(stuck))
+            self._undo.pop_all()
         self._undo.close()
 
     # -- requests ------------------------------------------------------------------------------------------------------

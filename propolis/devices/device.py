@@ -29,6 +29,10 @@ class Device:
     async def drained(self) -> None:
         """Returns once nothing is in flight and every completion is in guest memory."""
 
+    def in_flight(self) -> int:
+        """How many operations still use guest memory. After halt() not zero only if the host itself hangs."""
+        return 0
+
     def resume(self) -> None:
         """Work again, starting with what the guest asked for in the meantime."""
 

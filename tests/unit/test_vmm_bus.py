@@ -352,10 +352,10 @@ def test_a_window_refuses_what_it_has_no_room_for(vm: ReplayVm) -> None:
         window.add(Doorbell(vm, "none"), 0, 0)
     with pytest.raises(HypervisorError, match="no room"):
         window.add(Doorbell(vm, "wraps"), TOP - 1, 2)
-    for number in range(16):
+    for number in range(24):
         window.add(Doorbell(vm, str(number)), number, 1)
     with pytest.raises(HypervisorError, match="no room"):
-        window.add(Doorbell(vm, "late"), 16, 1)
+        window.add(Doorbell(vm, "late"), 24, 1)
 
 
 # -- a table that changes under its readers ----------------------------------------------------------------------------

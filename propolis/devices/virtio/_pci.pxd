@@ -11,7 +11,7 @@ from propolis.devices.pci._function cimport PciFunction
 from propolis.devices.virtio._queue cimport Notifier
 
 cdef enum:
-    MAX_QUEUES = 12          # doorbells share their window with three other parts
+    MAX_QUEUES = 16          # doorbells share their window with three other parts: _vmm.MAX_PARTS
     CONFIG_SPACE = 256
 
 cdef enum TransportEvent:
