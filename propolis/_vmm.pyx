@@ -528,7 +528,12 @@ cdef class Bus:
 
     def mappings(self) -> list:
         """(base, length, name) of each region that answers now, in order."""
-        cdef Table *table = <Table *>self.table
+        cdef Table table
+        # The lock: a vCPU that moves two BARs would build the next table but one in what we read. Nobody who holds it
+        # waits for the GIL.
+        pthread_mutex_lock(&self.lock)
+        table = (<Table *>self.table)[0]
+        pthread_mutex_unlock(&self.lock)
         return [
             (table.at[i].base, table.at[i].last - table.at[i].base + 1, (<Region>table.at[i].region).name)
             for i in range(table.count)
@@ -668,7 +673,13 @@ cdef class IrqLine:
 
     def state(self) -> tuple:
         """(pin, level)."""
-        return self.pin, bool(self.level)
+        cdef int32_t pin
+        cdef bint level
+        pthread_mutex_lock(&self.vm.irq_lock)
+        pin = self.pin
+        level = self.level
+        pthread_mutex_unlock(&self.vm.irq_lock)
+        return pin, bool(level)
 
 
 @cython.no_gc_clear

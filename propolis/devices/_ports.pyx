@@ -144,7 +144,11 @@ cdef class DebugPort(Region):
         return data
 
     def stats(self) -> dict:
-        return {"dropped": self.dropped}
+        cdef uint64_t dropped
+        pthread_mutex_lock(&self.lock)
+        dropped = self.dropped
+        pthread_mutex_unlock(&self.lock)
+        return {"dropped": dropped}
 
 
 cdef class PvpanicPort(Region):

@@ -354,4 +354,9 @@ cdef class Uart(Region):
 
     def stats(self) -> dict:
         """Characters lost: `dropped` by a guest that ignored THRE, `overruns` by its own loopback."""
-        return {"dropped": self.dropped, "overruns": self.overruns}
+        cdef uint64_t dropped, overruns
+        pthread_mutex_lock(&self.lock)
+        dropped = self.dropped
+        overruns = self.overruns
+        pthread_mutex_unlock(&self.lock)
+        return {"dropped": dropped, "overruns": overruns}

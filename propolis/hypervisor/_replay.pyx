@@ -109,7 +109,11 @@ cdef class ReplayVm(Vm):
         """Whether any line holds this input of the interrupt controllers up."""
         if not 0 <= pin < 24:
             raise ValueError(f"no input {pin}")
-        return self.asserted[pin] != 0
+        cdef bint level
+        pthread_mutex_lock(&self.irq_lock)
+        level = self.asserted[<uint32_t>pin] != 0
+        pthread_mutex_unlock(&self.irq_lock)
+        return bool(level)
 
     def max_vcpus(self) -> int:
         return 64

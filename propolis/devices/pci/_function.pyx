@@ -7,7 +7,7 @@ them; an address that cannot be decoded (beyond its space, or taken by an older 
 cimport cython
 from libc.string cimport memcpy
 
-from propolis._atomic cimport ld8_rlx
+from propolis._atomic cimport ld8_rlx, st8_rlx
 from propolis._posix cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
 cdef enum:
@@ -202,7 +202,8 @@ cdef class PciFunction:
         pthread_mutex_lock(&self.lock)
         for i in range(offset, end if end <= 256 else 256):
             mask = self.writable[i]
-            self.config[i] = (self.config[i] & ~mask) | (<uint8_t>(value >> 8 * (i - offset)) & mask)
+            # Relaxed: bus_master reads without the lock.
+            st8_rlx(&self.config[i], (self.config[i] & ~mask) | (<uint8_t>(value >> 8 * (i - offset)) & mask))
         if offset < COMMAND + 2 and end > COMMAND or offset < BAR_END and end > BAR0:
             self._decode()
         if self.msix_offset and offset < self.msix_offset + 4 and end > self.msix_offset + 2:
@@ -287,9 +288,14 @@ cdef class PciFunction:
 
     def bar_list(self) -> list:
         """(index, kind, size, base, decoded) of each BAR."""
-        return [
-            (i, BAR_NAMES[(<Bar>self.bars[i]).kind], (<Bar>self.bars[i]).size, (<Bar>self.bars[i]).base,
-             bool((<Bar>self.bars[i]).decoded))
-            for i in range(6)
-            if self.bars[i] != NULL and (<Bar>self.bars[i]).kind != BAR_UPPER
-        ]
+        cdef uint64_t base
+        cdef bint decoded
+        found = []
+        for i in range(6):
+            if self.bars[i] != NULL and (<Bar>self.bars[i]).kind != BAR_UPPER:
+                pthread_mutex_lock(&self.lock)
+                base = (<Bar>self.bars[i]).base
+                decoded = (<Bar>self.bars[i]).decoded
+                pthread_mutex_unlock(&self.lock)
+                found.append((i, BAR_NAMES[(<Bar>self.bars[i]).kind], (<Bar>self.bars[i]).size, base, bool(decoded)))
+        return found

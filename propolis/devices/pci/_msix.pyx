@@ -192,4 +192,8 @@ cdef class Msix:
         pthread_mutex_unlock(&self.lock)
 
     def stats(self) -> dict:
-        return {"dropped": self.dropped}
+        cdef uint64_t dropped
+        pthread_mutex_lock(&self.lock)
+        dropped = self.dropped
+        pthread_mutex_unlock(&self.lock)
+        return {"dropped": dropped}

@@ -14,10 +14,12 @@ cdef class PirqRouter:
     cdef void *wires[LINKS][MAX_WIRES]   # borrowed IrqLine; under: lock
     cdef uint32_t counts[LINKS]          # under: lock
     cdef int pins[LINKS]                 # under: lock
-    cdef pthread_mutex_t lock            # taken before irq_lock
+    cdef pthread_mutex_t lock            # taken after a function's lock, before irq_lock
     cdef list owned
 
     cdef void follow(self, const uint8_t *registers) noexcept nogil
 
 cdef class IsaBridge(PciFunction):
     cdef PirqRouter router
+
+    cdef void _route(self) noexcept nogil

@@ -4,6 +4,8 @@ Bit 7 set: the link is not routed; otherwise bits 3:0 name the interrupt, of whi
 (82371SB datasheet, PIRQRC). Moving a link moves an asserted level with it.
 """
 
+from libc.string cimport memcpy
+
 from propolis._posix cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 from propolis._vmm cimport IrqLine, Vm
 
@@ -53,7 +55,7 @@ cdef class PirqRouter:
             self.owned.remove(wire)
 
     cdef void follow(self, const uint8_t *registers) noexcept nogil:
-        """The four registers may have changed: read under the lock, so that the last writer wins on both sides."""
+        """The four registers may have changed. Their function's lock is held: the last writer wins on both sides."""
         cdef int i
         cdef uint32_t j
         cdef int pin
@@ -70,7 +72,11 @@ cdef class PirqRouter:
 
     def routes(self) -> list:
         """The interrupt of each link, -1 for none."""
-        return [self.pins[0], self.pins[1], self.pins[2], self.pins[3]]
+        cdef int pins[LINKS]
+        pthread_mutex_lock(&self.lock)
+        memcpy(pins, self.pins, sizeof(pins))
+        pthread_mutex_unlock(&self.lock)
+        return [pins[0], pins[1], pins[2], pins[3]]
 
 
 cdef class IsaBridge(PciFunction):
@@ -82,8 +88,13 @@ cdef class IsaBridge(PciFunction):
     cdef void write_config(self, uint32_t offset, uint32_t size, uint32_t value) noexcept nogil:
         PciFunction.write_config(self, offset, size, value)
         if offset < PIRQ_REGISTERS + LINKS and offset + size > PIRQ_REGISTERS:
-            self.router.follow(&self.config[PIRQ_REGISTERS])
+            self._route()
+
+    cdef void _route(self) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        self.router.follow(&self.config[PIRQ_REGISTERS])
+        pthread_mutex_unlock(&self.lock)
 
     def reset(self) -> None:
         PciFunction.reset(self)
-        self.router.follow(&self.config[PIRQ_REGISTERS])
+        self._route()
