@@ -319,8 +319,8 @@ async def test_output_that_nobody_reads_any_more(tmp_path: Path) -> None:
     os.close(end)
     assert process.stdin is not None
     assert process.stderr is not None
-    assert os.read(out, 100) == b"ready\r\n"
-    os.close(out)
+    with open(out, "rb") as screen:
+        assert await asyncio.to_thread(screen.readline) == b"ready\r\n"
     process.stdin.write(b"hello")
     await until(process.stderr, b"[the VM runs on: its console is ./ttya, Ctrl-C presses its power button]\n")
     reader, writer = await vm.connect()
