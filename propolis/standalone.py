@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from contextlib import AsyncExitStack, contextmanager, suppress
@@ -35,7 +36,13 @@ if TYPE_CHECKING:
 SOCKET = "./ttya"
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-EXIT_CODES = """\
+EPILOG = """\
+console:
+  ./ttya takes any number of clients, for example: socat -,raw,echo=0,escape=0x1d UNIX-CONNECT:ttya
+
+signals:
+  the first SIGINT, SIGTERM or SIGHUP presses the guest's power button, the second ends the VM
+
 exit status:
   0    the guest powered off (or [main] exit_on_halt)
   1    the VM failed, or something it needs is missing or busy
@@ -52,7 +59,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="propolis-standalone",
         description="Run one virtual machine described by a TOML file. Its COM1 is the unix socket ./ttya.",
-        epilog=EXIT_CODES,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG.toml", help="the machine: see docs/standalone.md")
@@ -71,12 +78,15 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """The console script; returns the exit status."""
-    options = arguments().parse_args(argv)
-    logging.basicConfig(
-        level=options.log_level.upper(), format="%(asctime)s.%(msecs)03d %(levelname)s %(message)s", datefmt="%H:%M:%S"
-    )
-    log.debug("imports done")
     try:
+        _fill_standard_descriptors()
+        options = arguments().parse_args(argv)
+        logging.basicConfig(
+            level=options.log_level.upper(),
+            format="%(asctime)s.%(msecs)03d %(levelname)s %(message)s",
+            datefmt="%H:%M:%S",
+        )
+        log.debug("imports done")
         spec = standalone_config.load(options.config)
         standalone = Standalone(spec, console=options.console, escape=options.escape)
         if options.check:
@@ -98,9 +108,25 @@ def _log_debug_port(data: bytes) -> None:
     log.debug("debug port: %s", data.decode("latin-1").rstrip())
 
 
+def _fill_standard_descriptors() -> None:
+    """Where 0, 1 or 2 is closed, a file that is opened later would get that number: uvloop aborts the process then."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+
+
 def _complain(message: str) -> None:
     with suppress(OSError):  # a terminal that hung up: nobody is there to be told, and the exit status still counts
         print(message, file=sys.stderr)  # noqa: T201 -- this is what a program says to its user
+
+
+def _remark(message: str) -> None:
+    """For the person at a terminal, not for whoever keeps standard error."""
+    with suppress(OSError):
+        if os.isatty(2):
+            _complain(f"[{message}]")
 
 
 @contextmanager
@@ -130,6 +156,7 @@ class Standalone:
         self._lifecycle: Lifecycle | None = None
         self._signals: list[signal.Signals] = []
         self._ended_by: signal.Signals | None = None
+        self._is_attached = False  # the terminal shows the console
         self._waiting: asyncio.Task[NameLock] | None = None
 
     async def run(self) -> int:
@@ -153,6 +180,7 @@ class Standalone:
                 record = await self._run_at_terminal(self._terminal, hub, stack)
             else:
                 await self._open_socket(hub, stack)
+                _remark(f"VM '{self._spec.name}': its console is {SOCKET}, Ctrl-C presses its power button")
                 record = await self._run_lifecycle(hub)
         return self._status(record)
 
@@ -189,7 +217,9 @@ class Standalone:
             async with asyncio.TaskGroup() as tasks:
                 running = tasks.create_task(self._run_lifecycle(hub))
                 with _log_to_raw_terminal():
+                    self._is_attached = True
                     why = await terminal.attach(hub.attach)
+                self._is_attached = False
                 if why != "ended":
                     await self._move_console(hub, stack)
         except BaseExceptionGroup as group:
@@ -230,6 +260,8 @@ class Standalone:
         try:
             if len(self._signals) == 1:
                 self._lifecycle.request(Request.POWER_BUTTON)
+                if not self._is_attached:
+                    _remark("pressed the power button; once more ends the VM")
                 return
         except StateError:
             pass  # not running: there is no guest to ask

@@ -60,6 +60,9 @@ def descriptors() -> dict[int, str]:
 
 
 def _left_behind(fds: dict[int, str], threads: set[threading.Thread]) -> list[str]:
+    for thread in threading.enumerate():
+        if thread.name.startswith("waitpid-"):  # asyncio's, for a process: it ends just after that
+            thread.join(5)
     now = descriptors()
     left = [f"descriptor {fd}: {now[fd]}" for fd in now if fds.get(fd) != now[fd]]
     return left + [f"thread {thread.name}" for thread in threading.enumerate() if thread not in threads]

@@ -105,6 +105,13 @@ def test_a_kernel_that_is_cut_off(tmp_path: Path) -> None:
     assert re.fullmatch(r"propolis-standalone: kernel '.*vm\.toml\.kernel': .*p_filesz.*\n", ended.stderr)
 
 
+def test_without_standard_descriptors(tmp_path: Path) -> None:
+    """Nothing that is opened later passes for one of them."""
+    tiny.write(tmp_path, kernels.kernel(kernels.power_off()))
+    ended = tiny.run(tmp_path, before=["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"])
+    assert ended.returncode == 0
+
+
 NO_KVM = {
     "mount -t tmpfs none /dev": "/dev/kvm does not exist: load the module kvm_intel or kvm_amd",
     "mount -t tmpfs -o nodev none /dev && mknod /dev/kvm c 10 232": (

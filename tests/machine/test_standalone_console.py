@@ -185,6 +185,17 @@ def test_a_terminal_until_power_off(tmp_path: Path) -> None:
         assert terminal.restored()
 
 
+def test_a_terminal_that_is_not_attached(tmp_path: Path) -> None:
+    """Is told where the console is, and what Ctrl-C did."""
+    tiny.write(tmp_path, tiny.DEAF)
+    with tiny.AtTerminal(tmp_path) as terminal:
+        terminal.expect(rf"^\[VM '{tiny.NAME}': its console is \./ttya, Ctrl-C presses its power button\]\r\n")
+        terminal.type("\x03")
+        terminal.expect(r"\[pressed the power button; once more ends the VM\]\r\n")
+        terminal.type("\x03")
+        assert terminal.exit_status() == 128 + signal.SIGINT
+
+
 async def test_leaving_the_terminal(tmp_path: Path) -> None:
     """The VM runs on with its console at ./ttya, and the terminal's Ctrl-C is a signal again."""
     tiny.write(tmp_path)
@@ -319,7 +330,7 @@ async def test_output_that_nobody_reads_any_more(tmp_path: Path) -> None:
     os.close(end)
     assert process.stdin is not None
     assert process.stderr is not None
-    with open(out, "rb") as screen:
+    with os.fdopen(out, "rb") as screen:
         assert await asyncio.to_thread(screen.readline) == b"ready\r\n"
     process.stdin.write(b"hello")
     await until(process.stderr, b"[the VM runs on: its console is ./ttya, Ctrl-C presses its power button]\n")
