@@ -341,7 +341,7 @@ async def test_hypervisor_interfaces(tmp_path: Path, interface: str) -> None:
 
 
 def _mappings(pid: int) -> str:
-    return Path(f"/proc/{pid}/maps").read_text()
+    return Path(f"/proc/{pid}/smaps").read_text()
 
 
 def _free_huge_pages() -> int:
@@ -350,7 +350,7 @@ def _free_huge_pages() -> int:
 
 
 @pytest.mark.parametrize(
-    ("backing", "mapping"), [("anonymous", ""), ("memfd", "/memfd:"), ("hugetlb", "/anon_hugepage")]
+    ("backing", "mapping"), [("anonymous", ""), ("memfd", "/memfd:"), ("hugetlb", "KernelPageSize:     2048 kB\n")]
 )
 async def test_memory_backings(tmp_path: Path, backing: str, mapping: str) -> None:
     """The guest runs in each, and reboots."""
