@@ -36,6 +36,7 @@ from propolis.hypervisor.state import DescriptorTable, Registers, Segment
 cdef enum:
     MAX_CPUID = 256
     MAX_MSRS = 512
+    MAX_MTRRS = 32
     FIRST_MSI_GSI = 24
     # Intel needs three pages of guest-physical space for real mode, and one for its identity map: between the last
     # device and the firmware's segment.
@@ -45,8 +46,15 @@ cdef enum:
     MSR_TSC = 0x10
     MSR_TSC_ADJUST = 0x3B
     MSR_TSC_DEADLINE = 0x6E0
+    # KVM does not list the MTRRs (SDM volume 3A, §12.11): eight pairs from 0x200 on, and these.
+    MTRR_PAIRS = 0x200
+    MTRR_PAIR_REGISTERS = 16
     # Exit reasons of ours, above KVM's: KVM_RUN itself failed.
     REASON_ERRNO = 0x10000
+
+cdef uint32_t *OTHER_MTRRS = [
+    0x250, 0x258, 0x259, 0x268, 0x269, 0x26A, 0x26B, 0x26C, 0x26D, 0x26E, 0x26F, 0x2FF, 0,
+]
 
 ctypedef struct Cpuid:
     uint32_t nent
@@ -61,7 +69,7 @@ ctypedef struct Msr:  # struct kvm_msr_entry
 ctypedef struct Msrs:  # struct kvm_msrs with room
     uint32_t nmsrs
     uint32_t padding
-    Msr entries[MAX_MSRS]
+    Msr entries[MAX_MSRS + MAX_MTRRS]
 
 ctypedef struct MsrList:
     uint32_t nmsrs
@@ -357,6 +365,14 @@ cdef class KvmVcpu(Vcpu):
             if self.kvm_vm.msr_list.indices[i] not in (MSR_TSC, MSR_TSC_ADJUST, MSR_TSC_DEADLINE):
                 p.msrs.entries[n].index = self.kvm_vm.msr_list.indices[i]
                 n += 1
+        for i in range(<uint32_t>MTRR_PAIR_REGISTERS):
+            p.msrs.entries[n].index = MTRR_PAIRS + i
+            n += 1
+        i = 0
+        while OTHER_MTRRS[i]:
+            p.msrs.entries[n].index = OTHER_MTRRS[i]
+            i += 1
+            n += 1
         # KVM stops at the first MSR this vCPU lacks: leave that one out and read on.
         p.msrs.nmsrs = n
         while p.msrs.nmsrs > 0:

@@ -413,3 +413,34 @@ def test_reset_brings_power_on_back_twenty_times(kvm_fd: int) -> None:
         assert grown[0][0] == grown[-1][0]
         assert grown[-1][1] - grown[4][1] < 1024, "KiB"
         assert machine.exits("failed") == machine.exits("shutdown") == 0
+
+
+@pytest.mark.parametrize(
+    ("msr", "value"),
+    [(0x2FF, 0xC06), (0x200, 0xC000_0006), (0x201, 0x800), (0x250, 0x0606_0606), (0x277, 0x0007_0606), (0x174, 0x1234)],
+    ids=["MTRR default type", "MTRR base", "MTRR mask", "fixed MTRR", "PAT", "SYSENTER"],
+)
+def test_reset_takes_msrs_back(kvm_fd: int, msr: int, value: int) -> None:
+    """Also those that KVM does not list, as it does not list MTRRs: the next kernel finds none of the last one's."""
+    code = (
+        b"\xb9" + msr.to_bytes(4, "little") + bytes.fromhex("0f 32 a3 00 40 00 00")  # rdmsr; mov [0x4000], eax
+        + b"\xb8" + value.to_bytes(4, "little") + bytes.fromhex("0f 30")  # wrmsr
+        + bytes.fromhex("0f 32 a3 04 40 00 00 e6") + bytes([DONE]) + bytes.fromhex("f4 eb fd")
+    )  # fmt: skip
+    with rig.kvm(kvm_fd, code) as machine:
+        vm, vcpu = machine.vm, machine.vcpus[0]
+        done = Doorbell(vm, "done")
+        vm.pio.add(done, DONE, 1)
+        machine.start(released=False)
+        machine.parked()
+        found = []
+        for _ in range(2):
+            vcpu.set_registers(rig.protected_mode(CODE))
+            vcpu.release()
+            machine.spin_until("the end of the guest", lambda: done.drain() == 1)
+            machine.hold()
+            assert vm.memory.read(0x4004, 4) == value.to_bytes(4, "little")
+            found.append(vm.memory.read(0x4000, 4))
+            vcpu.reset()
+        assert found[0] == found[1] != vm.memory.read(0x4004, 4)
+        assert machine.exits("failed") == machine.exits("shutdown") == 0
