@@ -161,13 +161,14 @@ cdef class Msix:
 
     def lend(self, vector: int) -> int:
         """An eventfd that fires this vector without us, obeying the guest's masks. Raises HypervisorError."""
-        cdef Entry *entry
         cdef MsiVector lent = self.vectors[vector]
-        fd = lent.lend()
+        # The lock: a guest that writes the entry meanwhile would leave the route with what was there before.
         pthread_mutex_lock(&self.lock)
-        entry = &self.entries[<uint32_t>vector]
-        lent.set_masked(entry.silent)
-        pthread_mutex_unlock(&self.lock)
+        try:
+            fd = lent.lend()
+            lent.set_masked(self.entries[<uint32_t>vector].silent)
+        finally:
+            pthread_mutex_unlock(&self.lock)
         return fd
 
     def trigger(self, vector: int) -> None:
