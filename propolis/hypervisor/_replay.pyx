@@ -234,7 +234,10 @@ cdef class ReplayVcpu(Vcpu):
     @property
     def is_done(self) -> bool:
         """Whether the whole script, with all its rounds, has run and been answered."""
-        return ld32_acq(&self.done) != 0
+        if ld32_acq(&self.done):
+            return True
+        # A vCPU that was held as soon as it had parked itself has not come back to say so.
+        return bool(self.is_parked) and self.position == self.length and self.rounds <= 1
 
     def set_cpuid(self, entries: list) -> None:
         self.cpuid = entries
