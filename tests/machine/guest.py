@@ -19,6 +19,7 @@ from typing import Self
 
 PROMPT = r"guest\[(\d+)\]:[^\r\n]*# "
 LOGIN = r"login: "
+PANIC = "Kernel panic - not syncing"
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[78=>]")
 _UNFINISHED = re.compile(r"\x1b(\[[0-9;?]*)?$")
 
@@ -184,6 +185,8 @@ class Guest:
                 while (match := compiled.search(self.transcript, self._at)) is None:
                     if self._reader is None or self._reader.done():
                         break
+                    if PANIC in self.transcript[self._at :]:
+                        raise GuestError(f"missing: {what}; the guest's kernel panicked{self._context()}")
                     self._arrived.clear()
                     await self._arrived.wait()
         except TimeoutError:
@@ -219,7 +222,7 @@ class Guest:
             )
 
     def _context(self) -> str:
-        console = "\n".join(self.transcript.replace("\r", "").splitlines()[-15:])
+        console = "\n".join(self.transcript.replace("\r", "").splitlines()[-25:])
         log = "\n".join(self._log.read_text(errors="replace").splitlines()[-10:]) if self._log.exists() else ""
         ended = None if self.process is None else self.process.returncode
         state = "runs" if ended is None else f"ended with {ended}"
