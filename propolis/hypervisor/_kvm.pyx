@@ -109,6 +109,7 @@ cdef class KvmVm(Vm):
     cdef int fd
     cdef int kvm_fd
     cdef int run_size
+    cdef bint has_xcrs
     cdef pthread_mutex_t route_lock
     cdef kvm.propolis_routes routes      # under: route_lock
     cdef uint32_t first_msi_route
@@ -132,11 +133,12 @@ cdef class KvmVm(Vm):
             "user memory": kvm.KVM_CAP_USER_MEMORY, "irqchip": kvm.KVM_CAP_IRQCHIP, "PIT": kvm.KVM_CAP_PIT2,
             "ioeventfd": kvm.KVM_CAP_IOEVENTFD, "irqfd": kvm.KVM_CAP_IRQFD, "MSI": kvm.KVM_CAP_SIGNAL_MSI,
             "immediate exit": kvm.KVM_CAP_IMMEDIATE_EXIT, "vCPU events": kvm.KVM_CAP_VCPU_EVENTS,
-            "debug registers": kvm.KVM_CAP_DEBUGREGS, "XSAVE": kvm.KVM_CAP_XSAVE, "XCR": kvm.KVM_CAP_XCRS,
+            "debug registers": kvm.KVM_CAP_DEBUGREGS, "XSAVE": kvm.KVM_CAP_XSAVE,
         }
         missing = [name for name, number in needed.items() if self.capability(number) <= 0]
         if missing:
             raise HypervisorError(f"this kernel's KVM lacks: {', '.join(missing)}")
+        self.has_xcrs = self.capability(kvm.KVM_CAP_XCRS) > 0  # no processor without XSAVE has them
         self.run_size = <int>call(kvm_fd, kvm.KVM_GET_VCPU_MMAP_SIZE, NULL, "ask KVM's run size")
         self.fd = <int>call(kvm_fd, kvm.KVM_CREATE_VM, NULL, "create a virtual machine")
         call(self.fd, kvm.KVM_SET_IDENTITY_MAP_ADDR, &identity_map, "place the identity map")
@@ -355,7 +357,8 @@ cdef class KvmVcpu(Vcpu):
         call(self.fd, kvm.KVM_GET_REGS, &p.regs, "read the registers")
         call(self.fd, kvm.KVM_GET_SREGS, &p.sregs, "read the system registers")
         call(self.fd, kvm.KVM_GET_XSAVE, &p.xsave, "read the extended state")
-        call(self.fd, kvm.KVM_GET_XCRS, &p.xcrs, "read the extended control registers")
+        if self.kvm_vm.has_xcrs:
+            call(self.fd, kvm.KVM_GET_XCRS, &p.xcrs, "read the extended control registers")
         call(self.fd, kvm.KVM_GET_DEBUGREGS, &p.debugregs, "read the debug registers")
         call(self.fd, kvm.KVM_GET_VCPU_EVENTS, &p.events, "read the pending events")
         call(self.fd, kvm.KVM_GET_LAPIC, &p.lapic, "read the local APIC")
@@ -392,7 +395,8 @@ cdef class KvmVcpu(Vcpu):
         # The APIC's base and mode are in the system registers, and the rest of it depends on them.
         call(self.fd, kvm.KVM_SET_SREGS, &p.sregs, "reset the system registers")
         call(self.fd, kvm.KVM_SET_REGS, &p.regs, "reset the registers")
-        call(self.fd, kvm.KVM_SET_XCRS, &p.xcrs, "reset the extended control registers")
+        if self.kvm_vm.has_xcrs:
+            call(self.fd, kvm.KVM_SET_XCRS, &p.xcrs, "reset the extended control registers")
         call(self.fd, kvm.KVM_SET_XSAVE, &p.xsave, "reset the extended state")
         call(self.fd, kvm.KVM_SET_DEBUGREGS, &p.debugregs, "reset the debug registers")
         # One at a time: a read-only MSR among them must not end the rest.
