@@ -38,13 +38,18 @@ def _noting(factory: Callable[[], asyncio.AbstractEventLoop]) -> Callable[[], as
     return new_loop
 
 
+# Made once: a fixture that several tests share is kept only as long as its loop's factory is the same object.
+_ASYNCIO = _noting(asyncio.SelectorEventLoop)
+_UVLOOP = _noting(uvloop.new_event_loop)
+
+
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """The loops that each async test runs on; one where a program is tested that has a loop of its own."""
     if item.get_closest_marker("os") is not None or item.get_closest_marker("program") is not None:
-        return {"asyncio": _noting(asyncio.SelectorEventLoop)}
-    return {"asyncio": _noting(asyncio.SelectorEventLoop), "uvloop": _noting(uvloop.new_event_loop)}
+        return {"asyncio": _ASYNCIO}
+    return {"asyncio": _ASYNCIO, "uvloop": _UVLOOP}
 
 
 # -- leaks -------------------------------------------------------------------------------------------------------------
