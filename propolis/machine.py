@@ -228,7 +228,10 @@ class Machine:
             self._loop.remove_reader(self.vm.mailbox.fileno())
             self._loop = None
         for device in reversed(self.devices):
-            await device.halt()
+            try:
+                await device.halt()
+            except Exception:  # whatever one device does, the others are let go
+                log.exception("a device did not halt: device=%s", device.name)
         stuck = [device.name for device in self.devices if device.in_flight()]
         self.devices = []
         if stuck:

@@ -94,6 +94,8 @@ cdef int refused(str what) except -1:
 cdef long call(int fd, unsigned long request, void *argument, str what) except -1:
     """A control-path ioctl: raises HypervisorError with what was tried."""
     cdef long result = kvm.ioctl(fd, request, argument)
+    while result < 0 and errno == EINTR:  # KVM_CREATE_VM may be, by any signal
+        result = kvm.ioctl(fd, request, argument)
     if result < 0:
         refused(what)
     return result
@@ -256,8 +258,8 @@ cdef class KvmVm(Vm):
             kvm.propolis_route_msi(&self.routes, index, <uint32_t>gsi, address, data)
             if index == self.routes.nr:
                 self.routes.nr += 1
-            self.routes.unused[index] = False
             result = -errno if kvm.ioctl(self.fd, kvm.KVM_SET_GSI_ROUTING, &self.routes) < 0 else gsi
+            self.routes.unused[index] = result < 0
         pthread_mutex_unlock(&self.route_lock)
         return result
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from propolis.devices.device import Device
 from propolis.errors import HypervisorError
 from propolis.keeper import LocalKeeper
 from propolis.lifecycle import GuestEvent
@@ -111,3 +112,20 @@ async def test_halt_while_rebooting(tmp_path: Path) -> None:
     reboot.cancel()
     await asyncio.gather(reboot, return_exceptions=True)
     await machine.halt()
+
+
+class Stubborn(Device):
+    """A device whose end goes wrong."""
+
+    async def halt(self) -> None:
+        raise OSError("the host has gone away")
+
+
+async def test_a_device_that_does_not_halt_keeps_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The others are halted, memory and files let go; the log says who it was."""
+    machine = build(tmp_path, [])
+    machine.devices.append(Stubborn("stubborn"))
+    await machine.start()
+    await machine.halt()
+    assert "device=stubborn" in caplog.text
+    assert machine.vm.memory.regions_list() == []
