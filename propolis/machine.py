@@ -230,8 +230,9 @@ class Machine:
         for device in reversed(self.devices):
             try:
                 await device.halt()
-            except Exception:  # whatever one device does, the others are let go
-                log.exception("a device did not halt: device=%s", device.name)
+            except Exception as error:  # whatever one device does, the others are let go
+                # One line: a traceback would keep this machine, and its descriptors, as long as the record.
+                log.error("a device did not halt: device=%s reason=%r", device.name, error)  # noqa: TRY400
         stuck = [device.name for device in self.devices if device.in_flight()]
         self.devices = []
         if stuck:
