@@ -230,9 +230,9 @@ class Machine:
         for device in reversed(self.devices):
             try:
                 await device.halt()
-            except Exception as error:  # whatever one device does, the others are let go
-                # One line: a traceback would keep this machine, and its descriptors, as long as the record.
-                log.error("a device did not halt: device=%s reason=%r", device.name, error)  # noqa: TRY400
+            except Exception as error:  # noqa: BLE001 -- whatever one device does, the others are let go
+                # Its text alone: with its traceback a record would keep this machine's descriptors open.
+                log.error("a device did not halt: device=%s reason=%s", device.name, repr(error))  # noqa: TRY400
         stuck = [device.name for device in self.devices if device.in_flight()]
         self.devices = []
         if stuck:
