@@ -65,3 +65,12 @@ def test_the_time_limit_ends_it() -> None:
     result = lab("sleep", "1000", LAB_TIMEOUT="2")
     assert result.returncode == 125
     assert "no end within 2 s (LAB_TIMEOUT)" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(in_lab, reason="a lab in the lab would take minutes")
+def test_a_crash_of_its_kernel_is_the_labs_failure() -> None:
+    """At once and with the kernel's last words, so that whoever started it can tell it from a failed test."""
+    result = lab("sh", "-c", "echo c >/proc/sysrq-trigger; sleep 1000", LAB_TIMEOUT="120")
+    assert result.returncode == 125
+    assert "sysrq triggered crash" in result.stderr
