@@ -26,6 +26,7 @@ from propolis.keeper import LocalKeeper
 from propolis.lifecycle import GuestEvent, Lifecycle, Record, Request, State
 from propolis.machine import Machine
 from propolis.names import NameLock
+from propolis.spec import DirectBoot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,6 +143,18 @@ def _log_to_raw_terminal() -> Iterator[None]:
             handler.terminator = "\n"
 
 
+def _look(spec: Spec, keeper: LocalKeeper) -> None:
+    """What is missing is told before an earlier VM of this name is ended for it.
+
+    Disks are left out, as that VM may have them locked.
+    """
+    os.close(keeper.open_hypervisor())
+    if isinstance(spec.boot, DirectBoot):
+        keeper.open_image(spec.boot.kernel, "kernel").close()
+        if spec.boot.initrd is not None:
+            keeper.open_image(spec.boot.initrd, "initrd").close()
+
+
 class Standalone:
     """One run of one VM: its name, its console, its signals."""
 
@@ -164,6 +177,8 @@ class Standalone:
         loop = asyncio.get_running_loop()
         for number in ENDING_SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
+        keeper = LocalKeeper()
+        _look(self._spec, keeper)
         async with AsyncExitStack() as stack:
             self._waiting = loop.create_task(NameLock.acquire(self._spec.name))
             try:
@@ -172,7 +187,7 @@ class Standalone:
                 if self._ended_by is None:
                     raise
                 return 128 + self._ended_by
-            machine = Machine(self._spec, LocalKeeper(), self._report)
+            machine = Machine(self._spec, keeper, self._report)
             stack.push_async_callback(machine.halt)
             self._lifecycle = Lifecycle(machine, reboot_ends=self._spec.exit_on_reboot is not None)
             hub = self._connect(machine)

@@ -219,6 +219,18 @@ async def test_a_signal_while_an_earlier_vm_is_ended(tmp_path: Path) -> None:
         await first.expect("still here", SOON, "the first guest's echo")
 
 
+async def test_a_start_that_cannot_be_ends_nobody(tmp_path: Path) -> None:
+    """A kernel that is missing is told while the first VM runs on."""
+    async with tiny.guest(tmp_path) as first:
+        await ready(first)
+        tiny.write(tmp_path, main='initrd = "gone"', file="second.toml")
+        ended = await asyncio.to_thread(tiny.run, tmp_path, "second.toml")
+        assert ended.returncode == 1
+        assert "gone': No such file" in ended.stderr
+        await first.send("still here")
+        await first.expect("still here", SOON, "the first guest's echo")
+
+
 async def test_the_daemons_name_is_refused(tmp_path: Path) -> None:
     """And nothing of it is touched."""
     tiny.write(tmp_path)
