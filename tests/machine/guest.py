@@ -69,6 +69,7 @@ class Guest:
         self._reader: asyncio.Task[None] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._log = directory / "vmm.log"
+        self._lost = ""  # what it did not answer in time: nobody waits for it again
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -178,6 +179,8 @@ class Guest:
 
     async def expect(self, pattern: str, within: float, what: str) -> tuple[re.Match[str], str]:
         """Wait until `pattern` matches in what was not consumed yet; the match and the text before it."""
+        if self._lost:
+            raise GuestError(f"missing: {what}; already missing: {self._lost}")
         limit = within * SLOWER
         compiled = re.compile(pattern)
         try:
@@ -190,6 +193,7 @@ class Guest:
                     self._arrived.clear()
                     await self._arrived.wait()
         except TimeoutError:
+            self._lost = what
             raise GuestError(f"missing: {what} (no {pattern!r} within {limit:g} s){self._context()}") from None
         if match is None:
             raise GuestError(f"missing: {what}; the console was closed{self._context()}")

@@ -1,5 +1,6 @@
 """The Linux guest of scripts/guest-image as a virtual machine: its files, its TOML, and a Guest to drive it."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -9,6 +10,9 @@ from tests.machine.guest import Guest
 
 TREE = Path(__file__).resolve().parents[2]
 IMAGES = TREE / "build/guest"
+
+TIMEOUT = 480 + 60 * int(os.environ.get("ROUNDS", "2"))
+"""Seconds that a test of a Linux guest may take, its boots included: half a minute each in the lab."""
 
 CONFIG = """\
 [main]

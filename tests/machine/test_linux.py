@@ -8,9 +8,9 @@ import pytest
 
 from tests.machine.complaints import check_complaints
 from tests.machine.guest import Guest
-from tests.machine.linux import linux
+from tests.machine.linux import TIMEOUT, linux
 
-pytestmark = [pytest.mark.os, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.os, pytest.mark.timeout(TIMEOUT)]
 
 MIB = 1 << 20
 

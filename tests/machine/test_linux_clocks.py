@@ -8,9 +8,9 @@ import pytest
 
 from tests.machine.clocks import check_clocks, clocksource
 from tests.machine.complaints import check_complaints
-from tests.machine.linux import linux
+from tests.machine.linux import TIMEOUT, linux
 
-pytestmark = [pytest.mark.os, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.os, pytest.mark.timeout(TIMEOUT)]
 
 HYPERVISOR = "grep -c '^flags.* hypervisor' /proc/cpuinfo; dmesg | grep -c 'Hypervisor detected'"
 

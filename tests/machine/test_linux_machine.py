@@ -13,12 +13,12 @@ import pytest_asyncio
 from tests.machine.clocks import check_clocks, clocksource
 from tests.machine.complaints import IN_LAB, check_complaints
 from tests.machine.guest import Guest
-from tests.machine.linux import linux
+from tests.machine.linux import TIMEOUT, linux
 
 pytestmark = [
     pytest.mark.os,
     pytest.mark.shared,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(TIMEOUT),
     pytest.mark.asyncio(loop_scope="module"),
 ]
 
