@@ -33,6 +33,13 @@ class StateError(PropolisError):
     status = 409
 
 
+class PauseError(PropolisError):
+    """The VM could not be brought to rest in time. It is as it was before, and runs on."""
+
+    code = "not_paused"
+    status = 503
+
+
 class BusyError(PropolisError):
     """A name, socket, file or address that somebody else holds: names the holder."""
 

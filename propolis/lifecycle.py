@@ -8,6 +8,11 @@
     any of these -> FAILED (the hypervisor or a device cannot go on; `detail` says why)
 
 STOPPED and FAILED are final. What a request may do in which state is a pure function, `admit`.
+
+A machine that cannot be brought to rest, because the host's storage hangs, runs on, and whoever asked is told. Only a
+guest that asked for a reset may not run on: a processor after a triple fault cannot, and one that wrote the reset
+register expects not to. It stays REBOOTING until the storage answers or somebody stops the VM: failing the VM would
+gain nothing, since the host's requests use guest memory until they return.
 """
 
 import asyncio
@@ -15,7 +20,7 @@ import enum
 import logging
 from typing import NamedTuple, Protocol
 
-from propolis.errors import PropolisError, StateError
+from propolis.errors import PauseError, PropolisError, StateError
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +87,7 @@ class Machine(Protocol):
 _ALIVE = {State.STARTING, State.RUNNING, State.PAUSED, State.REBOOTING}
 _OPPOSITE = {Request.RUN: Request.PAUSE, Request.PAUSE: Request.RUN}
 _RESETS = {GuestEvent.RESET, GuestEvent.TRIPLE_FAULT}
+_ENDS = {GuestEvent.FAILURE, GuestEvent.POWER_OFF}
 
 
 def admit(state: State, pending: frozenset[Request], request: Request) -> Verdict:
@@ -105,13 +111,20 @@ def admit(state: State, pending: frozenset[Request], request: Request) -> Verdic
     return Verdict.ACCEPT
 
 
+def _refuse(done: asyncio.Future[None], error: PropolisError) -> None:
+    """Tells whoever waits; nobody may."""
+    if not done.done():
+        done.set_exception(error)
+        done.exception()  # looked at: asyncio does not report it
+
+
 class Lifecycle:
     """Owns the state of one machine. `run` is the task; the other methods may be called from anywhere on the loop."""
 
     def __init__(self, machine: Machine, *, reboot_ends: bool = False) -> None:
         self._machine = machine
         self._reboot_ends = reboot_ends  # a reset by the guest ends the VM instead
-        self._requests: dict[Request, None] = {}  # in order, each once, until it is done
+        self._requests: dict[Request, asyncio.Future[None]] = {}  # in order, each once, until it is done
         self._events: set[GuestEvent] = set()
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
@@ -122,9 +135,21 @@ class Lifecycle:
     def request(self, request: Request) -> None:
         """Queues a request. Raises StateError when the present state does not admit it."""
         if admit(self.record.state, frozenset(self._requests), request) is Verdict.ACCEPT:
-            self._requests.pop(_OPPOSITE.get(request, request), None)  # the last word counts
-            self._requests[request] = None
+            opposite = _OPPOSITE.get(request, request)
+            if overtaken := self._requests.pop(opposite, None):  # the last word counts
+                _refuse(overtaken, StateError(f"cannot {opposite.value}: {request.value} was asked for after it"))
+            self._requests[request] = asyncio.get_running_loop().create_future()
             self._wake.set()
+
+    async def perform(self, request: Request) -> None:
+        """Queues a request and returns once it is done.
+
+        Raises StateError when it is not admitted, is overtaken by its opposite or the VM ends first, PauseError when it
+        could not be done in time.
+        """
+        self.request(request)
+        if done := self._requests.get(request):
+            await asyncio.shield(done)  # others may wait for the same
 
     def report(self, event: GuestEvent) -> None:
         """A guest event; several of a kind before it is served count once."""
@@ -150,6 +175,12 @@ class Lifecycle:
             # Cancelled, or a bug of ours: the machine is ended all the same, and the caller sees why.
             await self._machine.halt()
             raise
+        finally:
+            for request, done in self._requests.items():
+                if request is Request.STOP:
+                    done.set_result(None)
+                else:
+                    _refuse(done, StateError(f"cannot {request.value}: the VM has ended"))
         return self.record
 
     async def _serve(self) -> None:
@@ -163,9 +194,17 @@ class Lifecycle:
             elif Request.STOP in self._requests:
                 await self._stop("stopped")
             elif self._requests:
-                request = next(iter(self._requests))
-                await self._obey(request)
-                self._requests.pop(request, None)
+                request, done = next(iter(self._requests.items()))
+                try:
+                    await self._obey(request)
+                except PauseError as error:
+                    log.error("cannot %s: %s", request.value, error)  # noqa: TRY400 -- the traceback says nothing more
+                    await self._run_on(f"cannot {request.value}: {error}")
+                    _refuse(done, error)
+                if not done.done():
+                    done.set_result(None)
+                if self._requests.get(request) is done:
+                    del self._requests[request]
             else:
                 return
 
@@ -175,8 +214,24 @@ class Lifecycle:
         if self._reboot_ends:
             self.rebooted = True
             await self._stop("the guest rebooted")
-        else:
-            await self._reboot(cause)
+            return
+        while True:
+            try:
+                await self._reboot(cause)
+            except PauseError as error:
+                log.error("the guest's reset waits: %s", error)  # noqa: TRY400 -- the traceback says nothing more
+                if Request.STOP in self._requests or self._events & _ENDS:
+                    self._events -= _RESETS
+                    return
+                cause = str(error)
+            else:
+                return
+
+    async def _run_on(self, detail: str) -> None:
+        """After a pause that failed: the guest is held, and what it did was not changed."""
+        if not self._events & _RESETS:  # it asked for one before it was held: that comes next
+            await self._machine.resume()
+            await self._publish(State.RUNNING, detail)
 
     async def _obey(self, request: Request) -> None:
         state = self.record.state

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from propolis import spec as model
 from propolis.board import Board
 from propolis.devices.power import PowerEvent
-from propolis.errors import HypervisorError
+from propolis.errors import HypervisorError, PauseError
 from propolis.firmware import acpi, boot, layout
 from propolis.hypervisor import create_vcpu, open_vm
 from propolis.hypervisor.cpuid import machine_cpuid, vcpu_cpuid
@@ -163,12 +163,23 @@ class Machine:
             vcpu.release()
 
     async def _hold(self) -> None:
-        """Holds every vCPU at a consistent point. Raises HypervisorError naming one that does not answer."""
+        """Holds every vCPU at a consistent point. Raises PauseError naming one that does not answer."""
         for vcpu in self.vcpus:
             vcpu.hold()
-        await self._until("answer a request to pause", lambda vcpu: vcpu.is_parked)
+        try:
+            await self._until("answer a request to pause", lambda vcpu: vcpu.is_parked)
+        except HypervisorError as error:
+            raise PauseError(str(error)) from None
         # What the guest asked for before it was held has to be known before it may run on.
-        self.vm.mailbox.dispatch()
+        self._collect_events()
+
+    def _collect_events(self) -> None:
+        """What is in the mailbox now. A callback that raises is the loop's to report, as when the loop calls it."""
+        try:
+            self.vm.mailbox.dispatch()
+        except ExceptionGroup as errors:
+            context = {"message": "an event of the guest was not handled", "exception": errors}
+            asyncio.get_running_loop().call_exception_handler(context)
 
     async def _until(self, what: str, reached: Callable[[MachineVcpu], bool]) -> None:
         try:
@@ -184,7 +195,11 @@ class Machine:
             raise HypervisorError(f"vCPU {late} did not {what} within {HOLD_TIMEOUT:g} s") from None
 
     async def pause(self) -> None:
-        """Stops the guest at a consistent point, with nothing in flight."""
+        """Stops the guest at a consistent point, with nothing in flight.
+
+        Raises PauseError where that takes too long: a vCPU or the host's storage does not answer. The guest is held
+        all the same; resume() lets it run on.
+        """
         await self._hold()
         for device in self.devices:
             device.pause()
@@ -193,17 +208,20 @@ class Machine:
                 for device in self.devices:
                     await device.drained()
         except TimeoutError:
-            await self.resume()
-            raise HypervisorError(f"a device did not finish its requests within {DRAIN_TIMEOUT:g} s") from None
+            late = ", ".join(device.name for device in self.devices if device.in_flight()) or "a device"
+            raise PauseError(f"{late} did not finish its requests within {DRAIN_TIMEOUT:g} s") from None
 
     async def resume(self) -> None:
-        """Runs the guest on from where pause() left it."""
+        """Runs the guest on from where pause() left it, also where that failed."""
         for device in self.devices:
             device.resume()
         self._release()
 
     async def reboot(self) -> None:
-        """To power-on and up again: the same boot image, devices and backends; memory is not cleared."""
+        """To power-on and up again: the same boot image, devices and backends; memory is not cleared.
+
+        Raises PauseError as pause() does; nothing is reset then.
+        """
         await self.pause()
         self.vm.reset()
         for vcpu in self.vcpus:
@@ -211,7 +229,7 @@ class Machine:
         self.board.reset()
         self._is_panicked = False
         # What the guest asked for before the reset is answered by it: collect those events now.
-        self.vm.mailbox.dispatch()
+        self._collect_events()
         self._power_on()
         await self.resume()
 

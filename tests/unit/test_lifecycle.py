@@ -7,7 +7,7 @@ from typing import Self
 
 import pytest
 
-from propolis.errors import HypervisorError, ImageError, StateError
+from propolis.errors import HypervisorError, ImageError, PauseError, StateError
 from propolis.lifecycle import GuestEvent, Lifecycle, Record, Request, State, Verdict, admit
 
 TIMEOUT = 5.0
@@ -508,6 +508,116 @@ async def test_a_halt_that_fails_is_a_failed_vm(how: str) -> None:
         if how == "start":
             assert "kernel: truncated" in record.detail
         assert scene.states[-1] is State.FAILED
+
+
+async def too_late() -> None:
+    raise PauseError("disk did not finish its requests within 30 s")
+
+
+@pytest.mark.parametrize("request_", [PAUSE, REBOOT])
+async def test_a_machine_that_cannot_rest_runs_on(request_: Request) -> None:
+    """Who asked is told, and may ask again."""
+    call = {PAUSE: "pause", REBOOT: "reboot"}[request_]
+    async with Scene() as scene:
+        await scene.running()
+        scene.machine.during[call] = too_late
+        with pytest.raises(PauseError, match="disk did not finish"):
+            await scene.lifecycle.perform(request_)
+        assert scene.machine.calls == ["start", call, "resume"]
+        assert scene.lifecycle.record[1:] == (
+            State.RUNNING,
+            f"cannot {request_.value}: disk did not finish its requests within 30 s",
+        )
+        del scene.machine.during[call]
+        await scene.lifecycle.perform(request_)
+        assert scene.state is (State.PAUSED if request_ is PAUSE else State.RUNNING)
+
+
+@pytest.mark.parametrize("request_", [PAUSE, REBOOT])
+async def test_a_guest_that_asked_for_a_reset_does_not_run_on(request_: Request) -> None:
+    """It asked before it was held for something that could not be done."""
+    call = {PAUSE: "pause", REBOOT: "reboot"}[request_]
+    async with Scene() as scene:
+
+        async def reset() -> None:
+            scene.machine.during.clear()
+            scene.lifecycle.report(GuestEvent.TRIPLE_FAULT)
+            await too_late()
+
+        await scene.running()
+        scene.machine.during[call] = reset
+        with pytest.raises(PauseError):
+            await scene.lifecycle.perform(request_)
+        await scene.rest()
+        assert scene.machine.calls == ["start", call, "reboot"]
+        assert scene.state is State.RUNNING
+
+
+@pytest.mark.parametrize("end", ["drained", "stop", "failure"])
+async def test_a_guest_reset_waits_for_storage_that_hangs(end: str) -> None:
+    """Until it answers or somebody ends the VM."""
+    async with Scene() as scene:
+        attempts = 0
+
+        async def attempt() -> None:
+            nonlocal attempts
+            attempts += 1
+            if attempts == 3 and end == "stop":
+                scene.lifecycle.request(STOP)
+            if attempts == 3 and end == "failure":
+                scene.lifecycle.report(GuestEvent.FAILURE)
+            if attempts < 3 or end != "drained":
+                await too_late()
+
+        await scene.running()
+        scene.machine.during["reboot"] = attempt
+        scene.lifecycle.report(GuestEvent.RESET)
+        if end == "drained":
+            await scene.rest()
+            assert scene.state is State.RUNNING
+            assert scene.lifecycle.reboots == 1
+        else:
+            assert (await scene.ends()).state is (State.STOPPED if end == "stop" else State.FAILED)
+            assert scene.lifecycle.reboots == 0
+        assert scene.machine.calls[1:4] == ["reboot"] * 3
+        assert "resume" not in scene.machine.calls
+
+
+async def test_perform_returns_when_it_is_done() -> None:
+    """For each who asked, and at once for what is so already."""
+    async with Scene() as scene:
+        first = asyncio.create_task(scene.lifecycle.perform(RUN))
+        await asyncio.sleep(0)
+        await asyncio.gather(first, scene.lifecycle.perform(RUN))
+        assert scene.state is State.RUNNING
+        pausing = asyncio.create_task(scene.lifecycle.perform(PAUSE))
+        await asyncio.sleep(0)
+        also = asyncio.create_task(scene.lifecycle.perform(PAUSE))
+        await asyncio.sleep(0)
+        also.cancel()
+        await asyncio.gather(also, return_exceptions=True)
+        await pausing
+        await scene.lifecycle.perform(PAUSE)
+        with pytest.raises(StateError, match="is paused"):
+            await scene.lifecycle.perform(REBOOT)
+        await scene.lifecycle.perform(STOP)
+        assert scene.machine.calls == ["start", "pause", "halt"]
+
+
+async def test_perform_says_why_it_was_not_done() -> None:
+    async with Scene() as scene:
+        await scene.running()
+        pausing = asyncio.create_task(scene.lifecycle.perform(PAUSE))
+        running = asyncio.create_task(scene.lifecycle.perform(RUN))
+        with pytest.raises(StateError, match="cannot pause: run was asked for after it"):
+            await pausing
+        await running
+        rebooting = asyncio.create_task(scene.lifecycle.perform(REBOOT))
+        stopping = asyncio.create_task(scene.lifecycle.perform(STOP))
+        with pytest.raises(StateError, match="cannot reboot: the VM has ended"):
+            await rebooting
+        await stopping
+        assert scene.state is State.STOPPED
 
 
 async def test_a_failure_during_a_reboot() -> None:

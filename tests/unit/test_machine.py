@@ -3,14 +3,14 @@
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from propolis.devices.device import Device
-from propolis.errors import HypervisorError
+from propolis.errors import HypervisorError, PauseError
 from propolis.keeper import LocalKeeper
 from propolis.lifecycle import GuestEvent
 from propolis.machine import Machine
@@ -23,7 +23,7 @@ PVPANIC = 0x505
 SLEEP_S5 = 0x2000
 
 
-def build(tmp_path: Path, events: list[GuestEvent], cpus: int = 2) -> Machine:
+def build(tmp_path: Path, on_event: Callable[[GuestEvent], None], cpus: int = 2) -> Machine:
     kernel = tmp_path / "kernel"
     kernel.write_bytes(images.elf())
     spec = Spec(
@@ -33,13 +33,17 @@ def build(tmp_path: Path, events: list[GuestEvent], cpus: int = 2) -> Machine:
         boot=DirectBoot(kernel=str(kernel)),
         devices=(Pvpanic(name="panic", enable_isa=True),),
     )
-    return Machine(spec, LocalKeeper(), events.append, hypervisor="replay")
+    return Machine(spec, LocalKeeper(), on_event, hypervisor="replay")
+
+
+def ignore(_event: GuestEvent) -> None:
+    """Nobody waits for what the guest asks."""
 
 
 @asynccontextmanager
 async def running(tmp_path: Path, events: list[GuestEvent]) -> AsyncIterator[Machine]:
     """A machine whose vCPUs idle; the test writes ports in their place."""
-    machine = build(tmp_path, events)
+    machine = build(tmp_path, events.append)
     try:
         await machine.start()
         yield machine
@@ -94,7 +98,7 @@ async def test_a_machine_whose_threads_cannot_start_is_let_go(
         threads.append(self)
         start(self)
 
-    machine = build(tmp_path, [])
+    machine = build(tmp_path, ignore)
     monkeypatch.setattr(threading.Thread, "start", exhausted)
     with pytest.raises(HypervisorError, match=f"vCPU {started}.*can't start new thread"):
         await machine.start()
@@ -105,13 +109,71 @@ async def test_a_machine_whose_threads_cannot_start_is_let_go(
 
 async def test_halt_while_rebooting(tmp_path: Path) -> None:
     """Whoever is cancelled in the middle of a reboot leaves a machine that can be ended."""
-    machine = build(tmp_path, [])
+    machine = build(tmp_path, ignore)
     await machine.start()
     reboot = asyncio.ensure_future(machine.reboot())
     await asyncio.sleep(0)
     reboot.cancel()
     await asyncio.gather(reboot, return_exceptions=True)
     await machine.halt()
+
+
+class Hung(Device):
+    """A device with a request that the host does not answer until `done` is set."""
+
+    def __init__(self) -> None:
+        super().__init__("hung")
+        self.done = asyncio.Event()
+        self.resets = 0
+
+    async def drained(self) -> None:
+        await self.done.wait()
+
+    def in_flight(self) -> int:
+        return 0 if self.done.is_set() else 1
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+async def test_a_host_that_hangs_does_not_end_the_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be paused or rebooted until the host answers, and runs on."""
+    monkeypatch.setattr("propolis.machine.DRAIN_TIMEOUT", 0.02)
+    async with running(tmp_path, []) as machine:
+        hung = Hung()
+        machine.devices.append(hung)
+        for attempt in (machine.pause, machine.reboot):
+            with pytest.raises(PauseError, match=r"hung did not finish its requests within 0\.02 s"):
+                await attempt()
+            assert all(vcpu.is_parked for vcpu in machine.vcpus)
+            await machine.resume()
+            assert not any(vcpu.is_parked for vcpu in machine.vcpus)
+        assert hung.resets == 0
+        hung.done.set()
+        await machine.pause()
+        await machine.reboot()
+        assert hung.resets == 1
+
+
+async def test_an_event_that_is_not_handled_ends_nothing(tmp_path: Path) -> None:
+    """A bug of ours is the loop's to report; the guest is paused and rebooted all the same."""
+
+    def on_event(event: GuestEvent) -> None:
+        raise ZeroDivisionError(event)
+
+    reported: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    machine = build(tmp_path, on_event)
+    try:
+        await machine.start()
+        machine.vm.pio.write(RESET_CONTROL, 1, 6)
+        await machine.pause()
+        machine.vm.pio.write(PM1_CONTROL, 2, SLEEP_S5)
+        await machine.reboot()
+    finally:
+        await machine.halt()
+    assert [type(context["exception"]) for context in reported] == [ExceptionGroup] * 2
+    reported.clear()
 
 
 class Stubborn(Device):
@@ -123,7 +185,7 @@ class Stubborn(Device):
 
 async def test_a_device_that_does_not_halt_keeps_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The others are halted, memory and files let go; the log says who it was."""
-    machine = build(tmp_path, [])
+    machine = build(tmp_path, ignore)
     machine.devices.append(Stubborn("stubborn"))
     await machine.start()
     await machine.halt()
