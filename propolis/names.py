@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import msgspec
 
 from propolis.errors import BackendError, BusyError, ConfigError
+from propolis.processes import has_ended, start_time
 from propolis.spec import NAME_RULE, is_name
 
 if TYPE_CHECKING:
@@ -77,9 +78,9 @@ class NameLock:
         lock = cls(name, folder_fd, file)
         try:
             me = os.getpid()
-            start_time = _start_time(me)
-            assert start_time is not None
-            lock._record(Holder(pid=me, start_time=start_time, program=program, socket=socket))
+            started = start_time(me)
+            assert started is not None
+            lock._record(Holder(pid=me, start_time=started, program=program, socket=socket))
         except BaseException:
             lock.release()
             raise
@@ -205,17 +206,6 @@ def _read(file: int) -> Holder | None:
     return holder if holder.pid > 1 else None
 
 
-def _start_time(pid: int) -> int | None:
-    """When a process started, in the kernel's ticks; proc(5), field 22 of stat."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            line = file.read()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    # The second field is the program's name in parentheses, which may itself hold spaces and parentheses.
-    return int(line[line.rindex(b")") + 2 :].split()[19])
-
-
 async def _end(name: str, holder: Holder, file: int, grace: float) -> bool:
     """End the process that holds the lock of `file`; False where it is not the one that is recorded there."""
     try:
@@ -229,7 +219,7 @@ async def _end(name: str, holder: Holder, file: int, grace: float) -> bool:
     try:
         # From here on the descriptor means one process for good. It is the recorded one if that is what has the number
         # now, and the holder if the lock is held and the record unchanged.
-        if _start_time(holder.pid) != holder.start_time or _read(file) != holder or _lock(file):
+        if start_time(holder.pid) != holder.start_time or _read(file) != holder or _lock(file):
             fcntl.flock(file, fcntl.LOCK_UN)
             return False
         steps = ((signal.SIGTERM, grace / 2), (signal.SIGTERM, grace / 2), (signal.SIGKILL, _LAST_WAIT))
@@ -240,23 +230,8 @@ async def _end(name: str, holder: Holder, file: int, grace: float) -> bool:
                 return True
             except PermissionError as error:
                 raise BusyError(f"VM {name!r} is held by {holder}, which cannot be ended: {error.strerror}") from error
-            if await _has_ended(process, patience):
+            if await has_ended(process, patience):
                 return True
         raise BusyError(f"VM {name!r} is held by {holder}, which was killed and does not end")
     finally:
         os.close(process)
-
-
-async def _has_ended(process: int, patience: float) -> bool:
-    """Wait for the process of a pidfd; False when `patience` is over."""
-    loop = asyncio.get_running_loop()
-    ended = loop.create_future()
-    loop.add_reader(process, lambda: None if ended.done() else ended.set_result(None))
-    try:
-        async with asyncio.timeout(patience):
-            await ended
-    except TimeoutError:
-        return False
-    finally:
-        loop.remove_reader(process)
-    return True

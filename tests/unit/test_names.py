@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from propolis import names
+from propolis import names, processes
 from propolis.errors import BackendError, BusyError, ConfigError
 from propolis.names import Holder, NameLock
 
@@ -116,7 +116,7 @@ async def test_the_record_says_who_holds_it(tmp_path: Path, start: Start) -> Non
     file = os.open(tmp_path / "vm.lock", os.O_RDWR)
     holder = names._read(file)
     os.close(file)
-    start_time = names._start_time(process.pid)
+    start_time = processes.start_time(process.pid)
     assert start_time is not None
     assert holder == Holder(pid=process.pid, start_time=start_time, program="standalone", socket="/run/x.sock")
 
@@ -203,7 +203,7 @@ async def test_a_process_that_has_the_number_of_the_holder_by_now_is_not_ended(
     tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     innocent = await start("innocent")
-    start_time = names._start_time(innocent.pid)
+    start_time = processes.start_time(innocent.pid)
     assert start_time is not None
     monkeypatch.setattr(names, "_LAST_WAIT", 0.05)
     record = b'{"pid":%d,"start_time":%d,"program":"standalone"}' % (innocent.pid, start_time - 1)
