@@ -66,7 +66,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("config", metavar="CONFIG.toml", help="the machine: see docs/standalone.md")
     parser.add_argument("--check", action="store_true", help="only check the configuration")
     parser.add_argument("--console", action="store_true", help="attach this terminal to COM1 instead of ./ttya")
-    parser.add_argument("--escape", metavar="KEY", default="^]", help="the key that leaves the console, or none (^])")
+    parser.add_argument("--escape", metavar="KEY", default="^]", help="leaves the console, as ~. does; or none (^])")
     parser.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
@@ -163,7 +163,8 @@ class Standalone:
         self._spec = spec
         self._terminal: Terminal | None = None
         if console:
-            from propolis.console.terminal import Terminal, parse_escape
+            from propolis.console.escape import parse_escape
+            from propolis.console.terminal import Terminal
 
             self._terminal = Terminal(escape=parse_escape(escape), name=spec.name)
         self._lifecycle: Lifecycle | None = None

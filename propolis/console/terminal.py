@@ -16,8 +16,9 @@ import socket
 import stat
 from typing import TYPE_CHECKING, Literal
 
+from propolis.console.escape import DEFAULT_ESCAPE, Escapes
 from propolis.console.tty_mode import RawMode
-from propolis.errors import BackendError, ConfigError
+from propolis.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,36 +27,8 @@ if TYPE_CHECKING:
 
 Leave = Literal["escape", "ended", "hangup"]
 
-DEFAULT_ESCAPE = 0x1D  # Ctrl-]
 _READ_BYTES = 4096
 _FULL_BYTES = 65536  # written and not yet taken by the terminal: then the console is asked to wait
-
-
-def parse_escape(text: str) -> int | None:
-    """The byte that leaves: "^]", "ctrl-]" or a single character; None for "none"."""
-    if text.lower() == "none":
-        return None
-    key = text.removeprefix("^") if len(text) == 2 else text
-    is_control = key != text
-    if text.lower().startswith("ctrl-"):
-        key, is_control = text[5:], True
-    if len(key) != 1 or not key.isascii():
-        raise ConfigError(f"escape key {text!r}: expected '^]', 'ctrl-]', one character, or 'none'")
-    code = ord(key.upper()) if is_control else ord(key)
-    if not is_control:
-        return code
-    if key == "?":
-        return 0x7F
-    if not 0x40 <= code <= 0x5F:
-        raise ConfigError(f"escape key {text!r}: there is no such control key")
-    return code & 0x1F
-
-
-def escape_name(code: int) -> str:
-    """What to press for a byte."""
-    if code == 0x7F:
-        return "Ctrl-?"
-    return f"Ctrl-{chr(code | 0x40)}" if code < 0x20 else repr(chr(code))
 
 
 class Terminal:
@@ -71,7 +44,7 @@ class Terminal:
         stderr: int = 2,
         grace: float = 1.0,
     ) -> None:
-        """`grace` bounds, in seconds, how long the last output waits for a terminal that takes none."""
+        """Without an `escape` key no key leaves; `grace` bounds how long, in seconds, the last output waits."""
         self._escape = escape
         self._name = name
         self._stdin, self._stdout, self._stderr = stdin, stdout, stderr
@@ -80,6 +53,7 @@ class Terminal:
         self._output: _Output | None = None
         self._peer: Peer | None = None
         self._left: asyncio.Future[Leave] | None = None
+        self._end_of_line = "\n"
 
     async def attach(self, connect: Callable[[Sink], Peer]) -> Leave:
         """Be a client until the escape key is pressed, the console ends or the terminal is gone; says which."""
@@ -87,7 +61,8 @@ class Terminal:
         self._left = loop.create_future()
         with contextlib.ExitStack() as stack:
             mode = stack.enter_context(RawMode(self._stdin))
-            escape = self._escape if mode.is_raw else None
+            self._end_of_line = mode.end_of_line
+            escapes = Escapes(self._escape if mode.is_raw else None)
             try:
                 self._output = _Output(self._stdout, on_room=self._has_room, on_gone=self._is_gone)
             except OSError as error:
@@ -95,11 +70,11 @@ class Terminal:
             stack.callback(self._output.close)
             # Other input may end while its console is still read; that of a terminal ends when it hangs up.
             on_end = self._is_gone if mode.is_raw else None
-            self._input = _Input(self._stdin, lambda data: self._typed(data, escape), on_end)
+            self._input = _Input(self._stdin, lambda data: self._typed(data, escapes), on_end)
             stack.callback(self._input.close)
             what = f"console of VM {self._name!r}" if self._name else "console"
-            how = f"; {escape_name(escape)} leaves" if escape is not None else ""
-            self._tell(f"[{what}{how}]", mode.end_of_line)
+            how = f"; {escapes.hint}" if escapes.hint else ""
+            self.say(f"[{what}{how}]")
             peer = self._peer = connect(self)
             stack.callback(peer.detach)
             self._input.resume()
@@ -108,7 +83,7 @@ class Terminal:
             if reason != "hangup":
                 await self._output.flush(self._grace)
                 if mode.is_raw:
-                    self._tell("\r\n[left the console]", mode.end_of_line)
+                    self.say("\r\n[left the console]")
             return reason
 
     def write(self, data: bytes) -> None:
@@ -130,13 +105,19 @@ class Terminal:
         """Of the console: it is over."""
         self._leave("ended")
 
-    def _typed(self, data: bytes, escape: int | None) -> None:
-        at = -1 if escape is None else data.find(escape)
-        if at >= 0:
-            data = data[:at]
-        if data and self._peer is not None:
-            self._peer.input(data)
-        if at >= 0:
+    def say(self, text: str) -> None:
+        """A line beside the console's output, unless the terminal is stopped: it is not worth waiting for."""
+        poll = select.poll()
+        with contextlib.suppress(OSError):  # no stderr, nobody to tell
+            poll.register(self._stderr, select.POLLOUT)
+            if poll.poll(0):
+                os.write(self._stderr, f"{text}{self._end_of_line}".encode())
+
+    def _typed(self, data: bytes, escapes: Escapes) -> None:
+        passed, is_leaving = escapes.take(data)
+        if passed and self._peer is not None:
+            self._peer.input(passed)
+        if is_leaving:
             self._leave("escape")
 
     def _has_room(self) -> None:
@@ -149,14 +130,6 @@ class Terminal:
     def _leave(self, reason: Leave) -> None:
         if self._left is not None and not self._left.done():
             self._left.set_result(reason)
-
-    def _tell(self, text: str, end: str) -> None:
-        """Say something beside the console's output, unless the terminal is stopped: it is not worth waiting for."""
-        poll = select.poll()
-        with contextlib.suppress(OSError):  # no stderr, nobody to tell
-            poll.register(self._stderr, select.POLLOUT)
-            if poll.poll(0):
-                os.write(self._stderr, f"{text}{end}".encode())
 
 
 class _Input:

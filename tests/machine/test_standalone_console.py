@@ -174,7 +174,7 @@ def test_a_terminal_until_power_off(tmp_path: Path) -> None:
     """Keys and output pass, Ctrl-C too; there is no socket; the terminal is as it was afterwards."""
     tiny.write(tmp_path)
     with tiny.AtTerminal(tmp_path, "--console") as terminal:
-        terminal.expect(rf"\[console of VM '{tiny.NAME}'; Ctrl-\] leaves\]\r\n")
+        terminal.expect(rf"\[console of VM '{tiny.NAME}'; Ctrl-\] or ~\. leaves\]\r\n")
         terminal.expect("ready\r\n")
         assert terminal.is_raw
         assert not (tmp_path / "ttya").exists()
@@ -217,7 +217,7 @@ async def test_leaving_the_terminal(tmp_path: Path) -> None:
 def test_leaving_by_another_key(tmp_path: Path) -> None:
     tiny.write(tmp_path)
     with tiny.AtTerminal(tmp_path, "--console", "--escape", "^A") as terminal:
-        terminal.expect(r"; Ctrl-A leaves\]")
+        terminal.expect(r"; Ctrl-A or ~\. leaves\]")
         terminal.expect("ready\r\n")
         terminal.type("\x1d.")
         terminal.expect("\x1d\\.")

@@ -19,8 +19,8 @@ import pytest
 
 from propolis.console.history import ConsoleHistory
 from propolis.console.hub import INPUT_BYTES, ConsoleHub
-from propolis.console.terminal import Leave, Terminal, escape_name, parse_escape
-from propolis.errors import BackendError, ConfigError
+from propolis.console.terminal import Leave, Terminal
+from propolis.errors import BackendError
 
 TIMEOUT = 20
 LFLAG = 3
@@ -127,7 +127,7 @@ async def test_reading_typing_and_leaving(tty: Pty) -> None:
     guest.hub.feed(b"history\r\n")
     task = start_on(tty, guest, name="vm")
     await until(lambda: tty.look().endswith(b"history\r\n"), "the history")
-    assert tty.look() == b"[console of VM 'vm'; Ctrl-] leaves]\r\nhistory\r\n"
+    assert tty.look() == b"[console of VM 'vm'; Ctrl-] or ~. leaves]\r\nhistory\r\n"
     assert tty.is_raw
     guest.hub.feed(bytes(range(256)))
     await until(lambda: tty.look().endswith(bytes(range(256))), "all bytes as they are")
@@ -156,7 +156,7 @@ async def test_control_keys_are_the_guest_s(tty: Pty) -> None:
 async def test_another_escape_and_none(tty: Pty) -> None:
     guest = Guest()
     task = start_on(tty, guest, escape=0x01)
-    await until(lambda: b"[console; Ctrl-A leaves]" in tty.look(), "how to leave")
+    await until(lambda: b"[console; Ctrl-A or ~. leaves]" in tty.look(), "how to leave")
     tty.type(b"\x1d\x01")
     assert await finished(task) == "escape"
     assert guest.typed == b"\x1d"
@@ -166,6 +166,18 @@ async def test_another_escape_and_none(tty: Pty) -> None:
     await until(lambda: guest.typed == b"\x1d\x01\x1d", "what are no escapes")
     await guest.hub.close()
     assert await finished(task) == "ended"
+
+
+async def test_leaving_by_tilde_and_dot(tty: Pty) -> None:
+    guest = Guest()
+    task = start_on(tty, guest)
+    await until(lambda: tty.is_raw, "raw mode")
+    tty.type(b"a~.\r~~.\r~a\r~")
+    await until(lambda: guest.typed == b"a~.\r~.\r~a\r", "what does not leave")
+    tty.type(b".after")
+    assert await finished(task) == "escape"
+    assert guest.typed == b"a~.\r~.\r~a\r"
+    assert tty.is_restored
 
 
 async def test_the_end_of_the_console_after_its_last_output(tty: Pty) -> None:
@@ -440,36 +452,3 @@ def test_stopped_and_continued(tty: Pty, program: "subprocess.Popen[bytes]") -> 
     tty.type(b"\x1d")
     assert program.wait(TIMEOUT) == 0
     assert tty.is_restored
-
-
-# -- the escape key ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "code", "name"),
-    [
-        ("^]", 0x1D, "Ctrl-]"),
-        ("ctrl-]", 0x1D, "Ctrl-]"),
-        ("^a", 0x01, "Ctrl-A"),
-        ("Ctrl-A", 0x01, "Ctrl-A"),
-        ("^@", 0x00, "Ctrl-@"),
-        ("^?", 0x7F, "Ctrl-?"),
-        ("^^", 0x1E, "Ctrl-^"),
-        ("~", 0x7E, "'~'"),
-        ("^", 0x5E, "'^'"),
-        ("\x1d", 0x1D, "Ctrl-]"),
-    ],
-)
-def test_escape_keys(text: str, code: int, name: str) -> None:
-    assert parse_escape(text) == code
-    assert escape_name(code) == name
-
-
-def test_no_escape_key() -> None:
-    assert parse_escape("none") is None
-
-
-@pytest.mark.parametrize("text", ["", "ab", "^1", "^é", "é", "ctrl-", "ctrl-ab", "^]]"])
-def test_what_is_no_escape_key(text: str) -> None:
-    with pytest.raises(ConfigError, match="escape key"):
-        parse_escape(text)
