@@ -15,6 +15,7 @@ ARROWS: dict[str, set[str]] = {
     # entry points
     "cli": {"http.client", "spec", "errors"},
     "daemon": {"http.router", "http.client", "spec", "config", "names", "errors"},  # never anything compiled
+    "store": {"spec", "errors"},
     "standalone": {"standalone_config", "machine", "lifecycle", "keeper", "console", "names", "spec", "errors"},
     "worker": {"machine", "lifecycle", "http.app", "config", "jail", "console", "keeper", "errors"},
     "zygote": {"worker", "keeper"},
@@ -62,10 +63,11 @@ ARROWS: dict[str, set[str]] = {
     "_posix": set(),
     "_atomic": set(),
     # reading what the user wrote
-    "standalone_config": {"spec", "toml_table", "errors"},
+    "standalone_config": {"spec", "toml_devices", "toml_table", "errors"},
+    "toml_devices": {"spec", "toml_table", "errors"},
     "toml_table": {"toml_places", "errors"},
     "toml_places": {"errors"},
-    "config": {"errors"},
+    "config": {"spec", "names", "toml_devices", "toml_table", "errors"},
     "names": {"spec", "processes", "errors"},
     "spec": {"errors"},
     "errors": set(),
