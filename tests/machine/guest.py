@@ -140,9 +140,21 @@ class Guest:
     async def run(self, command: str, within: float = 60) -> Result:
         """Run one line in the guest's shell."""
         await self.send(command + "\n")
-        match, before = await self.expect(PROMPT, within, f"the end of {command!r}")
+        match, before = await self.expect(f"{PROMPT}|{LOGIN}", within, f"the end of {command!r}")
+        if match[1] is None:
+            raise GuestError(f"the guest's shell ended during {command!r}{await self._last_words()}")
         _, _, output = before.partition("\n")  # the first line is the echo of the command
         return Result(command=command, status=int(match[1]), output=output.replace("\r\n", "\n"))
+
+    async def _last_words(self) -> str:
+        """What the guest's kernel said last, at a login prompt that nobody expected."""
+        context = self._context()
+        try:
+            await self.login()
+            log = (await self.run("dmesg | tail -n 20")).output
+        except GuestError as error:
+            log = str(error)
+        return f"{context}\n--- its kernel's log:\n{log}"
 
     async def reboot(self, within: float = 120) -> None:
         """Reboot from inside and wait for the next login prompt."""
