@@ -26,13 +26,25 @@ class Process(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 def start_time(pid: int) -> int | None:
     """When a process started, in the kernel's ticks since its boot; proc(5), field 22 of stat."""
+    fields = _stat(pid)
+    return None if fields is None else int(fields[19])
+
+
+def parent(pid: int) -> int | None:
+    """The process that this one is a child of; proc(5), field 4 of stat."""
+    fields = _stat(pid)
+    return None if fields is None else int(fields[1])
+
+
+def _stat(pid: int) -> list[bytes] | None:
+    """The fields of stat, from the third one on."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             line = file.read()
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The second field is the program's name in parentheses, which may itself hold spaces and parentheses.
-    return int(line[line.rindex(b")") + 2 :].split()[19])
+    return line[line.rindex(b")") + 2 :].split()
 
 
 def boot_id() -> str:

@@ -290,9 +290,9 @@ class RunDirectory:
             raise BusyError(f"run directory {self.path!r}: process {self.lock_holder()} keeps its VM") from error
 
     def write_processes(self, keeper: Process, worker: Process) -> None:
-        """Note who runs."""
+        """Note who runs. Not on the disk: after another boot they are nobody."""
         record = Processes(boot=boot_id(), keeper=keeper, worker=worker)
-        self._write_record(_PROCESSES, record)
+        self._write_record(_PROCESSES, record, is_lasting=False)
 
     def write_exit(self, record: ExitRecord) -> None:
         """On the disk when this returns, and never half of it."""
@@ -304,7 +304,7 @@ class RunDirectory:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self._fd)
 
-    def _write_record(self, name: str, record: msgspec.Struct) -> None:
+    def _write_record(self, name: str, record: msgspec.Struct, *, is_lasting: bool = True) -> None:
         new = f"{name}.new"
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -313,9 +313,11 @@ class RunDirectory:
             with os.fdopen(fd, "wb") as file:
                 file.write(msgspec.json.encode(record))
                 file.flush()
-                os.fsync(file.fileno())
+                if is_lasting:
+                    os.fsync(file.fileno())
             os.rename(new, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
-            os.fsync(self._fd)
+            if is_lasting:
+                os.fsync(self._fd)
         except OSError as error:
             raise BackendError(f"write {name!r} in run directory {self.path!r}: {error.strerror}") from error
 

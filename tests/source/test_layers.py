@@ -20,6 +20,9 @@ ARROWS: dict[str, set[str]] = {
     "worker": {"machine", "lifecycle", "http.app", "config", "jail", "console", "keeper", "errors"},
     "zygote": {"worker", "keeper"},
     "keeper": {"disk_image", "config", "errors"},  # opens files, and nothing compiled for it
+    "keeper_process": {"keeper", "keeper_protocol", "processes", "run_directory", "spec", "errors"},
+    "keeper_protocol": {"spec", "errors"},
+    "running_vm": {"run_directory", "processes"},
     "run_directory": {"console", "disk_image", "state_file", "mapped_file", "processes", "errors"},
     "state_file": {"lifecycle", "mapped_file"},
     "mapped_file": {"errors"},

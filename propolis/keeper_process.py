@@ -1,0 +1,371 @@
+"""The keeper as a process: the parent of one worker, outside the worker's jail.
+
+It opens for the worker what the VM's spec names and nothing else, waits for the worker's end and writes it down. It
+does little, so that it needs little memory of its own: it was forked, and shares what it does not write to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+import msgspec
+
+from propolis.errors import BackendError, BusyError, ImageError, PropolisError
+from propolis.keeper import LocalKeeper
+from propolis.keeper_protocol import (
+    KINDS,
+    MAX_MESSAGE,
+    MAX_TEXT,
+    Answer,
+    Failed,
+    Message,
+    OpenDisk,
+    OpenHypervisor,
+    OpenImage,
+    Ready,
+    Start,
+    Started,
+)
+from propolis.processes import Process
+from propolis.run_directory import MAX_WORDS, ExitRecord, RunDirectory
+from propolis.spec import DirectBoot, Spec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_LAST_MESSAGES = 1000  # more than a pair of sockets keeps
+_LAST_READS = 4  # a pipe holds what one read takes; others may have the worker's end of it
+_BURIAL = 5.0  # seconds that the kernel may take to bury an earlier worker
+_PR_SET_PDEATHSIG = 1
+_MESSAGES = msgspec.json.Decoder(Message)
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Ends(NamedTuple):
+    """What a worker is given; all of it is the worker's then."""
+
+    start: Start
+    directory: RunDirectory
+    keeper: socket.socket
+    listener: socket.socket
+
+
+def die_with_parent(parent: int) -> None:
+    """See that this process is killed once its parent is. Of no effect after a change of user: to be called again then.
+
+    Raises BackendError where `parent` has ended already.
+    """
+    if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise BackendError(f"follow the keeper into its end: {os.strerror(ctypes.get_errno())}")
+    if os.getppid() != parent:
+        raise BackendError("the keeper has ended")
+
+
+def run(start: Start, directory: RunDirectory, daemon: socket.socket, worker: Callable[[Ends], int]) -> NoReturn:
+    """The life of a keeper, in a process that was forked for it; `daemon` hears how it begins.
+
+    `worker` runs in a process of its own and returns its exit status.
+    """
+    status = 1
+    try:
+        gc.disable()  # a collection would write to every object, and make the pages of all of them this process's own
+        _leave_the_daemon(f"keep {start.spec.name}", start.options.cgroup)
+        directory.take_lock()
+        _wait_for_earlier_worker(directory)
+        directory.clear_run()
+        Keeper(start, directory, daemon).run(worker)
+        status = 0
+    except PropolisError as error:
+        _tell(daemon, Answer.refusal(error))
+    except BaseException as error:  # noqa: BLE001 -- nothing is above this; it is told and the process ends
+        _tell(daemon, Answer("internal", f"the keeper failed: {error!r}"[:MAX_TEXT]))
+    finally:
+        os._exit(status)
+
+
+def _leave_the_daemon(name: str, cgroup: str | None) -> None:
+    """No terminal, folder, output, signal handler or control group of the daemon's."""
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in range(3):
+        os.dup2(null, fd)
+    os.close(null)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    set_title(name)
+    if _oom_score() < 0:  # this host's administrator has the daemon spared, and it is we who tell how a VM was not
+        _set_oom_score(-1000)
+    if cgroup is not None:
+        try:
+            with open(os.path.join(cgroup, "cgroup.procs"), "w", encoding="ascii") as file:
+                file.write("0")
+        except OSError as error:
+            raise BackendError(f"join control group {cgroup!r}: {error.strerror}") from error
+
+
+def set_title(name: str) -> None:
+    """What ps and top call this process."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
+        file.write(name[:15])
+
+
+def _oom_score() -> int:
+    """How much this process is wanted when the host has no memory: proc(5), oom_score_adj."""
+    with open("/proc/self/oom_score_adj", encoding="ascii") as file:
+        return int(file.read())
+
+
+def _set_oom_score(score: int) -> None:
+    """To make it less needs a privilege, without which it stays as it is."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write(str(score))
+
+
+def _wait_for_earlier_worker(directory: RunDirectory) -> None:
+    """Where its keeper was killed it is being killed too, and may still have its disks locked."""
+    earlier = directory.processes()
+    if earlier is None:
+        return
+    try:
+        process = os.pidfd_open(earlier.worker.pid)
+    except OSError:
+        return
+    try:
+        if not earlier.worker.is_there():
+            return
+        poll = select.poll()
+        poll.register(process, select.POLLIN)
+        if not poll.poll(_BURIAL * 1000):
+            raise BusyError(f"an earlier worker of this VM does not end: process {earlier.worker.pid}")
+    finally:
+        os.close(process)
+
+
+def _tell(daemon: socket.socket, message: msgspec.Struct, fds: tuple[int, ...] = ()) -> bool:
+    """False where the daemon does not listen any more."""
+    try:
+        socket.send_fds(daemon, [msgspec.json.encode(message)], fds)
+    except OSError:
+        return False
+    return True
+
+
+class Opener:
+    """Opens what a worker asks for, if its VM's spec names it."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._local = LocalKeeper()
+        boot = spec.boot
+        images = (boot.kernel, boot.initrd) if isinstance(boot, DirectBoot) else (boot.bootrom,)
+        self._images = {path for path in images if path is not None}
+        self._disks = {backend.path for backend in spec.backends.values()}
+        self._writable = {backend.path for backend in spec.backends.values() if not backend.readonly}
+
+    def open(self, message: OpenHypervisor | OpenImage | OpenDisk) -> int:
+        """A descriptor. Raises PropolisError."""
+        match message:
+            case OpenHypervisor():
+                return self._local.open_hypervisor()
+            case OpenImage(path, what):
+                if path not in self._images:
+                    raise ImageError(f"open {what} {path!r}: the VM's spec does not name it")
+                with self._local.open_image(path, what) as file:
+                    return os.dup(file.fileno())
+            case OpenDisk(path, read_only):
+                if path not in (self._disks if read_only else self._writable):
+                    raise ImageError(f"open disk {path!r}: the VM's spec does not name it so")
+                return self._local.open_disk(path, read_only=read_only)
+
+
+class Keeper:
+    """One run of one worker."""
+
+    def __init__(self, start: Start, directory: RunDirectory, daemon: socket.socket) -> None:
+        self._start = start
+        self._directory = directory
+        self._daemon: socket.socket | None = daemon
+        self._opener = Opener(start.spec)
+        self._worker = -1  # a pidfd
+        self._failure: str | None = None  # why the worker could not make the VM
+        self._words = bytearray()  # the end of what the worker wrote to its standard error
+
+    def run(self, worker: Callable[[Ends], int]) -> None:
+        """Starts the worker, serves it, and writes its end down. Raises PropolisError where it cannot start."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)  # until there is somebody to pass them on to
+        listener = self._directory.listen()
+        channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        words, stderr = os.pipe2(os.O_CLOEXEC)
+        me = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            assert self._daemon is not None
+            self._daemon.close()
+            channel.close()
+            os.close(words)
+            _run_worker(worker, Ends(self._start, self._directory, other, listener), stderr, me)
+        other.close()
+        listener.close()
+        os.close(stderr)
+        try:
+            self._worker = os.pidfd_open(pid)
+            for number in ENDING_SIGNALS:
+                signal.signal(number, self._pass_on)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
+            self._introduce(me, pid)
+            self._serve(channel, words)
+        except BaseException:
+            os.kill(pid, signal.SIGKILL)  # not waited for yet: the number is still the worker's
+            raise
+        finally:
+            end = os.waitid(os.P_PID, pid, os.WEXITED)
+            assert end is not None
+            record = self._record(end, words)
+            self._directory.remove_socket()
+            self._directory.write_exit(record)
+        self._announce(Answer("backend", f"the worker ended before the VM was made: {record.reason}"))
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._worker, signal.SIGTERM)
+
+    def _introduce(self, keeper: int, worker: int) -> None:
+        mine, its = Process.of(keeper), Process.of(worker)
+        assert mine is not None
+        assert its is not None  # at least its remains, for which nobody but this process waits
+        self._directory.write_processes(mine, its)
+        assert self._daemon is not None
+        me = os.pidfd_open(keeper)
+        try:
+            if not _tell(self._daemon, Started(keeper=keeper, worker=worker), (me, self._worker)):
+                raise BackendError("the daemon does not want this VM any more")
+        finally:
+            os.close(me)
+
+    def _serve(self, channel: socket.socket, words: int) -> None:
+        """Answers the worker until it ends."""
+        os.set_blocking(words, False)
+        poll = select.poll()
+        for fd in (channel.fileno(), words, self._worker):
+            poll.register(fd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if self._worker in ready:
+                self._hear_out(channel)
+                return
+            if words in ready and not self._hear(words):
+                poll.unregister(words)
+            if channel.fileno() in ready and not self._answer(channel):
+                poll.unregister(channel.fileno())
+
+    def _hear_out(self, channel: socket.socket) -> None:
+        """What the worker said just before it ended."""
+        for _ in range(_LAST_MESSAGES):
+            if not select.select([channel], [], [], 0)[0] or not self._answer(channel):
+                break
+
+    def _hear(self, words: int) -> bool:
+        """Keeps the end of what the worker writes to its standard error; False where nothing more will come."""
+        try:
+            data = os.read(words, 65536)
+        except BlockingIOError:
+            return True
+        self._words += data
+        del self._words[:-MAX_WORDS]
+        return bool(data)
+
+    def _answer(self, channel: socket.socket) -> bool:
+        """Answers one message; False where the worker has closed its end."""
+        try:
+            data = channel.recv(MAX_MESSAGE)  # descriptors that come along are dropped by the kernel
+            if not data:
+                return False
+            message = _MESSAGES.decode(data)
+        except (ValueError, RecursionError) as error:
+            return _tell(channel, Answer("internal", f"not a message for a keeper: {error}"))
+        except OSError:
+            return False
+        match message:
+            case Ready():
+                self._announce(Answer())
+                return True
+            case Failed(code, text):
+                self._failure = text
+                self._announce(Answer(code if code in KINDS else "internal", text[:MAX_TEXT]))
+                return True
+        fd = -1
+        try:
+            try:
+                fd = self._opener.open(message)
+                answer = Answer()
+            except PropolisError as error:
+                answer = Answer.refusal(error)
+            except (OSError, ValueError) as error:
+                answer = Answer("backend", f"open what the worker asks for: {error}"[:MAX_TEXT])
+            return _tell(channel, answer, (fd,) if fd >= 0 else ())
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def _announce(self, answer: Answer) -> None:
+        """Tells the daemon, once, whether the VM was made; nobody else needs it after that."""
+        if self._daemon is not None:
+            _tell(self._daemon, answer)
+            self._daemon.close()
+            self._daemon = None
+
+    def _record(self, end: os.waitid_result, words: int) -> ExitRecord:
+        for _ in range(_LAST_READS):
+            if not select.select([words], [], [], 0)[0] or not self._hear(words):
+                break
+        text = self._words.decode(errors="replace")
+        if end.si_code == os.CLD_EXITED:
+            reason = self._failure or ("the worker ended" if end.si_status == 0 else _last_line(text, end.si_status))
+            return ExitRecord(reason=reason[:MAX_TEXT], time=time.time(), status=end.si_status, stderr=text)
+        try:
+            name = signal.Signals(end.si_status).name
+        except ValueError:
+            name = f"signal {end.si_status}"
+        why = ", its jail: the kernel's log names the system call" if end.si_status == signal.SIGSYS else ""
+        return ExitRecord(
+            reason=f"the worker was killed by {name}{why}", time=time.time(), signal=end.si_status, stderr=text
+        )
+
+
+def _last_line(text: str, status: int) -> str:
+    lines = text.split("\n")
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    return f"the worker ended with status {status}" + (f": {last}" if last else "")
+
+
+def _run_worker(worker: Callable[[Ends], int], ends: Ends, stderr: int, keeper: int) -> NoReturn:
+    """In the worker's process."""
+    status = 1
+    try:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+        gc.enable()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
+        set_title(ends.start.spec.name)
+        if _oom_score() < 0:
+            _set_oom_score(0)
+        die_with_parent(keeper)
+        status = worker(ends)
+    except BaseException:  # noqa: BLE001 -- nothing is above this; its last words are in the exit record
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+        os._exit(status)
