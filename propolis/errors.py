@@ -66,3 +66,10 @@ class BackendError(PropolisError):
 
     code = "backend"
     status = 500
+
+
+class JailError(PropolisError):
+    """A worker that cannot be confined: names what the host lacks or refused."""
+
+    code = "jail"
+    status = 500

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol
 
 from propolis import spec as model
+from propolis import threads
 from propolis.board import Board
 from propolis.devices.power import PowerEvent
 from propolis.errors import HypervisorError, PauseError
@@ -23,6 +23,7 @@ from propolis.hypervisor.cpuid import machine_cpuid, vcpu_cpuid
 from propolis.lifecycle import GuestEvent
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable
     from io import FileIO
 
@@ -136,12 +137,10 @@ class Machine:
         for device in self.devices:
             device.start(loop)
         for vcpu in self.vcpus:
-            thread = threading.Thread(target=vcpu.run, name=f"vcpu-{vcpu.index}", daemon=True)
             try:
-                thread.start()
+                self._threads.append(threads.start("vcpu", f"vcpu-{vcpu.index}", vcpu.run))
             except RuntimeError as error:
                 raise HypervisorError(f"start the thread of vCPU {vcpu.index}: {error}") from error
-            self._threads.append(thread)
         self._release()
 
     def _power_on(self) -> None:

@@ -24,7 +24,7 @@ from propolis._posix cimport (
 )
 from propolis.backends.block._engine cimport IO_DISCARD, IO_FLUSH, IO_READ, IO_WRITE, IO_ZERO
 
-import threading
+from propolis.threads import start as start_thread
 
 cdef extern from "<fcntl.h>" nogil:
     int fallocate(int fd, int mode, off_t offset, off_t length)
@@ -112,10 +112,7 @@ cdef class IoPool:
         if not 1 <= threads <= 64:
             raise ValueError(f"{threads} I/O threads: expected 1 to 64")
         for i in range(threads):
-            # Daemons: one that hangs in the kernel must not keep the process from ending.
-            thread = threading.Thread(target=self.run, name=f"io-{i}", daemon=True)
-            self.threads.append(thread)
-            thread.start()
+            self.threads.append(start_thread("io", f"io-{i}", self.run))
 
     def __dealloc__(self) -> None:
         # No thread is left: each holds a reference to the pool.

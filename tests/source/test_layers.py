@@ -42,6 +42,7 @@ ARROWS: dict[str, set[str]] = {
         "console",
         "spec",
         "errors",
+        "threads",
         "_vmm",
     },
     "board": {
@@ -54,13 +55,18 @@ ARROWS: dict[str, set[str]] = {
         "errors",
         "_vmm",
     },
+    # confining
+    "jail": {"landlock", "syscall_filter", "threads", "errors"},
+    "landlock": {"errors"},
+    "syscall_filter": {"errors"},
+    "threads": set(),
     "lifecycle": {"errors"},  # drives whatever machine it is given
     # the machine's parts
     "devices": {"_vmm", "_posix", "_atomic", "spec", "backends", "errors"},
     "firmware": {"_vmm", "hypervisor.state", "spec", "errors"},
     "hypervisor": {"hypervisor.state", "_vmm", "_posix", "_atomic", "errors"},
     "hypervisor.state": {"errors"},
-    "backends": {"_vmm", "_posix", "_atomic", "errors"},
+    "backends": {"_vmm", "_posix", "_atomic", "threads", "errors"},
     "console": {"mapped_file", "errors"},
     "_vmm": {"_posix", "_atomic", "errors"},
     "_posix": set(),
