@@ -13,7 +13,6 @@ import functools
 import logging
 import os
 import resource
-import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -36,6 +35,7 @@ _CAP_AMBIENT, _CAP_AMBIENT_CLEAR_ALL = 47, 4
 _CAPABILITY_VERSION = 0x2008_0522  # linux/capability.h: of 64 bits
 
 _TEMPORARY = ("/dev/shm", "/tmp")  # noqa: S108 -- the name in it cannot be guessed, and is taken only if nobody has it
+_WITHOUT = "--jail=off runs VMs unconfined"
 _BEYOND_DESCRIPTORS = 1 << 30
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -84,7 +84,7 @@ def prepare() -> None:
     """
     lacks = missing()
     if lacks:
-        raise JailError(f"no worker can be confined here ({'; '.join(lacks)}); --jail=off runs VMs without that")
+        raise JailError(f"no worker can be confined here: {'; '.join(lacks)} ({_WITHOUT})")
     for kind in syscall_filter.KINDS:
         syscall_filter.compiled(kind, syscall_filter.KILL_PROCESS)
     # A thread that ends while the interpreter does is unwound by this library, which libc opens at that moment.
@@ -111,12 +111,19 @@ def enter(settings: JailSettings, keep: Collection[int] | None = None) -> None:
     """
     if settings.mode is JailMode.OFF:
         return
-    if threading.active_count() != 1:
-        raise JailError("a process with several threads cannot be confined")
     prepare()
+    try:
+        _enter(settings, keep)
+    except JailError as error:
+        raise JailError(f"confine the worker: {error} ({_WITHOUT})") from error
+
+
+def _enter(settings: JailSettings, keep: Collection[int] | None) -> None:
+    if len(os.listdir("/proc/self/task")) != 1:
+        raise JailError("it has several threads, and most of this confines one")
     is_root = os.geteuid() == 0
     if is_root and not settings.uid:
-        raise JailError("a worker started as root needs a user of its own: set the first one in the configuration")
+        raise JailError("it is started as root and has no user to become")
     if not is_root and settings.uid not in (None, os.geteuid()):
         raise JailError(f"become user {settings.uid}: only root can")
     if keep is not None:

@@ -218,12 +218,25 @@ def test_root_needs_a_user_for_the_worker() -> None:
         pytest.skip("needs root")
     for settings in (JailSettings(), JailSettings(uid=0)):
         outcome = Child(lambda sending, settings=settings: jail.enter(settings)).finish()  # type: ignore[misc]
-        assert "JailError: a worker started as root needs a user of its own" in outcome.error
+        assert "it is started as root and has no user to become (--jail=off" in outcome.error
 
 
 def test_only_root_changes_the_user() -> None:
     outcome = Jails(is_root=False).run(lambda: None, JailSettings(uid=USER))
-    assert f"JailError: become user {USER}: only root can" in outcome.error
+    assert f"JailError: confine the worker: become user {USER}: only root can (--jail=off" in outcome.error
+
+
+def test_what_the_host_refuses_is_named() -> None:
+    """Here root without the capability to change its root directory, as in some containers."""
+    if not IS_ROOT:
+        pytest.skip("needs root")
+
+    def work(sending: int) -> None:
+        _deny("chroot", errno.EPERM)
+        jail.enter(JailSettings(uid=USER))
+
+    error = Child(work).finish().error
+    assert "JailError: confine the worker: leave the file system: Operation not permitted (--jail=off" in error
 
 
 def test_no_jail_is_no_jail(jails: Jails) -> None:
@@ -244,13 +257,13 @@ def test_what_is_missing_is_named() -> None:
     assert "--jail=off" in outcome.error
 
 
-def _deny(name: str) -> None:
-    """Makes a system call one that this process's kernel does not have."""
+def _deny(name: str, error: int = errno.ENOSYS) -> None:
+    """Makes a system call fail from now on in this process."""
     import pyseccomp
 
     libc.prctl(38, ctypes.c_ulong(1), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))
     program = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
-    program.add_rule(pyseccomp.ERRNO(errno.ENOSYS), name)
+    program.add_rule(pyseccomp.ERRNO(error), name)
     program.load()
 
 
@@ -263,7 +276,7 @@ def test_a_process_with_threads_is_refused(jails: Jails) -> None:
         jail.enter(jails.settings)
         return None
 
-    assert "JailError: a process with several threads cannot be confined" in Child(work).finish().error
+    assert "JailError: confine the worker: it has several threads" in Child(work).finish().error
 
 
 def test_limits(jails: Jails) -> None:
@@ -825,3 +838,72 @@ def test_a_vm_lives_its_life(jails: Jails, tmp_path: Path, loop: str, backing: s
         keeper.close()
     assert value == ["Stopped", block.hex(), os.getpid()]
     assert (tmp_path / "disk").read_bytes()[:1024] == block + block
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_it_serves_http_and_websockets(jails: Jails, loop: str) -> None:
+    """On a socket that was handed to it: requests, websockets, clients that vanish, an end by signal."""
+    from aiohttp import WSMsgType, web
+
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        path = f"{folder}/socket"
+        listener.bind(path)
+        listener.listen()
+
+        async def serve() -> list[object]:
+            async def echo(request: web.Request) -> web.StreamResponse:
+                messages = web.WebSocketResponse()
+                await messages.prepare(request)
+                async for message in messages:
+                    if message.type is WSMsgType.BINARY:
+                        await messages.send_bytes(message.data)
+                return messages
+
+            async def fail(request: web.Request) -> web.StreamResponse:
+                raise ValueError("as a handler may")
+
+            async def double(request: web.Request) -> web.StreamResponse:
+                return web.Response(body=2 * await request.read())
+
+            application = web.Application(client_max_size=1 << 22)
+            application.add_routes([web.get("/echo", echo), web.get("/fail", fail), web.put("/double", double)])
+            ended = asyncio.Event()
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
+            runner = web.AppRunner(application, shutdown_timeout=1)
+            await runner.setup()
+            await web.SockSite(runner, listener).start()
+            os.write(ready[1], b"x")
+            await ended.wait()
+            await runner.cleanup()
+            return ["ended"]
+
+        def live() -> object:
+            with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+                return runner.run(serve())
+
+        ready = os.pipe()
+        child = jails.start(live, keep=[listener.fileno(), ready[1]])
+        os.read(ready[0], 1)
+        for fd in ready:
+            os.close(fd)
+        asyncio.run(_use(path))
+        os.kill(child.pid, signal.SIGTERM)
+        assert child.finish() == Outcome(["ended"], 0, "")
+
+
+async def _use(path: str) -> None:
+    import aiohttp
+
+    async with aiohttp.ClientSession("http://worker", connector=aiohttp.UnixConnector(path)) as client:
+        async with client.get("/fail") as reply:
+            assert reply.status == 500
+        async with client.put("/double", data=bytes(1 << 20)) as reply:
+            assert await reply.read() == bytes(2 << 20)
+        for _ in range(20):
+            async with client.ws_connect("/echo") as messages:
+                await messages.send_bytes(bytes(100_000))
+                assert (await messages.receive_bytes()) == bytes(100_000)
+        for _ in range(5):
+            _, writer = await asyncio.open_unix_connection(path)
+            writer.write(b"GET /echo HTTP/1.1\r\n")
+            writer.transport.abort()
