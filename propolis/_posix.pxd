@@ -24,7 +24,7 @@ cdef extern from "<pthread.h>" nogil:
 cdef extern from "<signal.h>" nogil:
     int pthread_kill(pthread_t thread, int signal)
     int pthread_sigmask(int how, const sigset_t *new, sigset_t *old)
-    int SIGRTMIN
+    int SIGURG
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()

@@ -228,5 +228,5 @@ cdef class Vcpu:
     cdef void _loop(self) noexcept nogil
     cdef bint _park(self) noexcept nogil             # False: leave the loop
     cdef bint _give_up(self, uint32_t event) noexcept nogil  # False: leave the loop
-    cdef void _kick(self) noexcept nogil
-    cdef void _command(self, uint32_t control) noexcept
+    cdef int _kick(self) noexcept nogil              # 0 or an errno
+    cdef int _command(self, uint32_t control) except -1

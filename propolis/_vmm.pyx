@@ -49,7 +49,7 @@ from propolis._posix cimport (
     MAP_NORESERVE,
     MFD_CLOEXEC,
     MFD_HUGETLB,
-    SIGRTMIN,
+    SIGURG,
     eventfd,
     eventfd_read,
     eventfd_write,
@@ -890,19 +890,23 @@ cdef void _on_kick(int number) noexcept nogil:
     """Does nothing: delivery alone makes KVM_RUN return EINTR."""
 
 
-cdef int kick_signal = 0
+cdef bint kick_is_installed = False
 
 
 cdef int _install_kick() except -1:
-    """Once: a real-time signal with an empty handler and without SA_RESTART."""
-    global kick_signal
+    """Once: SIGURG with an empty handler and without SA_RESTART.
+
+    A standard signal needs no room in the user's queue of pending signals, which others may have filled. This one is
+    ignored by default, and by those who do not expect it.
+    """
+    global kick_is_installed
     cdef sigaction_t action
-    if kick_signal == 0:
+    if not kick_is_installed:
         memset(&action, 0, sizeof(action))
         action.sa_handler = _on_kick
-        if sigaction(SIGRTMIN + 1, &action, NULL) < 0:
+        if sigaction(SIGURG, &action, NULL) < 0:
             raise HypervisorError(f"install the kick signal: {strerror(errno).decode()}")
-        kick_signal = SIGRTMIN + 1
+        kick_is_installed = True
     return 0
 
 
@@ -937,7 +941,7 @@ cdef class Vcpu:
         cdef sigset_t mask
         cdef bint refused
         sigfillset(&mask)
-        sigdelset(&mask, kick_signal)
+        sigdelset(&mask, SIGURG)
         pthread_sigmask(SIG_SETMASK, &mask, NULL)
         pthread_mutex_lock(&self.lock)
         refused = self.running
@@ -1003,21 +1007,24 @@ cdef class Vcpu:
         self.vm.mailbox.post(self.slot, event)
         return self._park()
 
-    cdef void _kick(self) noexcept nogil:
+    cdef int _kick(self) noexcept nogil:
         """Under the lock, after the control word was stored."""
         fence_seq()  # the word is visible before the flag; pairs with the fence in _loop
         self.set_immediate_exit(True)
-        if self.running:
-            pthread_kill(self.thread, kick_signal)
+        return pthread_kill(self.thread, SIGURG) if self.running else 0
 
-    cdef void _command(self, uint32_t control) noexcept:
+    cdef int _command(self, uint32_t control) except -1:
+        cdef int error = 0
         pthread_mutex_lock(&self.lock)
         if self.control != CONTROL_STOP:
             st32_rel(&self.control, control)
             if control != CONTROL_RUN:
-                self._kick()
+                error = self._kick()
             pthread_cond_signal(&self.changed)
         pthread_mutex_unlock(&self.lock)
+        if error:
+            raise HypervisorError(f"signal the thread of vCPU {self.index}: {strerror(error).decode()}")
+        return 0
 
     def hold(self) -> None:
         """Asks it to park; VCPU_PARKED arrives through the mailbox unless it is parked already."""

@@ -1,6 +1,7 @@
 """Hold, release and stop on KVM: no wake-up is lost, and no access is left half done, whatever the guest does."""
 
 import random
+import resource
 from collections.abc import Callable
 
 import pytest
@@ -82,6 +83,20 @@ def test_no_wake_up_is_lost_while_waiting_for_sipi(kvm_fd: int) -> None:
         for vcpu in machine.vcpus[1:]:
             assert vcpu.get_registers().cs.base == 0xFFFF_0000
             assert vcpu.stats()["pio"] == 0
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_no_wake_up_needs_room_for_a_signal(kvm_fd: int, name: str) -> None:
+    """The user's queue of pending signals may be full: only standard signals still get through then."""
+    limits = resource.getrlimit(resource.RLIMIT_SIGPENDING)
+    with guest(kvm_fd, SILENT[name], 2) as machine:
+        resource.setrlimit(resource.RLIMIT_SIGPENDING, (0, limits[1]))
+        try:
+            machine.release()
+            rig.sequence(machine, 20, lambda vcpu, then: not vcpu.is_parked)
+            machine.hold()
+        finally:
+            resource.setrlimit(resource.RLIMIT_SIGPENDING, limits)
 
 
 @pytest.mark.parametrize("code", [OUT, IN, LOAD, INS, HLT, BUSY])
