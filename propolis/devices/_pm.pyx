@@ -234,7 +234,11 @@ cdef class GpeBlock(Region):
 
 
 cdef class HotplugPorts(Region):
-    """Slots of bus 0 with a new device, slots whose device shall go, and the register that ejects one."""
+    """Slots of bus 0 with a new device, slots whose device shall go, and the register that ejects one.
+
+    A new device is told of once: reading its bit clears it, as QEMU's hw/acpi/pcihp.c has it, though its
+    docs/specs/acpi_pci_hotplug.rst does not say so. A device that shall go stays marked until it is ejected.
+    """
 
     cdef Vm vm
     cdef uint32_t slot                  # in the mailbox
@@ -261,6 +265,8 @@ cdef class HotplugPorts(Region):
         pthread_mutex_lock(&self.lock)
         words[0] = self.up
         words[1] = self.down
+        if offset < HOTPLUG_DOWN:
+            self.up &= ~<uint32_t>((<uint64_t>1 << 8 * size) - 1 << 8 * offset)
         pthread_mutex_unlock(&self.lock)
         words[2] = words[3] = 0
         memcpy(&value, <uint8_t *>words + offset, size)
@@ -273,6 +279,7 @@ cdef class HotplugPorts(Region):
         pthread_mutex_lock(&self.lock)
         gone = <uint32_t>value & self.down  # what nobody asked back stays
         self.down &= ~gone
+        self.up &= ~gone
         self.ejected |= gone
         pthread_mutex_unlock(&self.lock)
         if gone:

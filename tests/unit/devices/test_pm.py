@@ -189,6 +189,25 @@ def test_hotplug_ports(bench: Bench) -> None:
     assert bench.read(HOTPLUG + 8, 4) == 0
 
 
+def test_a_new_device_is_told_of_once(bench: Bench) -> None:
+    """A later one does not bring its bit back; bytes that were not read stay."""
+    bench.pm.announce_hotplug(added=0x8010)
+    assert bench.read(HOTPLUG + 4, 4) == 0
+    assert bench.read(HOTPLUG, 1) == 0x10
+    assert bench.read(HOTPLUG, 4) == 0x8000
+    bench.pm.announce_hotplug(added=0x8000_0020)
+    assert bench.read(HOTPLUG, 8) == 0x8000_0020
+    assert bench.read(HOTPLUG, 4) == 0
+
+
+def test_a_device_that_is_ejected_is_no_longer_new(bench: Bench) -> None:
+    bench.pm.on_ejected = lambda _: None
+    bench.pm.announce_hotplug(added=0x30, unwanted=0x10)
+    bench.write(HOTPLUG + 8, 4, 0x10)
+    bench.vm.mailbox.dispatch()
+    assert bench.read(HOTPLUG, 4) == 0x20
+
+
 def test_reset_is_power_on(bench: Bench) -> None:
     bench.write(ENABLE, 2, 0xFFFF)
     bench.write(GPE + 2, 2, 0xFFFF)
