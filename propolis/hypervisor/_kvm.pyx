@@ -7,7 +7,7 @@ cimport cython
 from libc.errno cimport EAGAIN, EINTR, ENOSPC, errno
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset, strerror
+from libc.string cimport memcpy, memset, strerror
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport close
 
@@ -36,7 +36,7 @@ from propolis.hypervisor.state import DescriptorTable, Registers, Segment
 cdef enum:
     MAX_CPUID = 256
     MAX_MSRS = 512
-    MAX_MTRRS = 32
+    MAX_UNLISTED = 32 + 4 * 32
     FIRST_MSI_GSI = 24
     # Intel needs three pages of guest-physical space for real mode, and one for its identity map: between the last
     # device and the firmware's segment.
@@ -49,6 +49,10 @@ cdef enum:
     # KVM does not list the MTRRs (SDM volume 3A, §12.11): eight pairs from 0x200 on, and these.
     MTRR_PAIRS = 0x200
     MTRR_PAIR_REGISTERS = 16
+    # Nor the machine check banks, whose number is in MCG_CAP (§16.3): four registers each from 0x400 on.
+    MSR_MCG_CAP = 0x179
+    MCE_BANKS = 0x400
+    MAX_MCE_BANKS = 32
     # Exit reasons of ours, above KVM's: KVM_RUN itself failed.
     REASON_ERRNO = 0x10000
 
@@ -69,7 +73,7 @@ ctypedef struct Msr:  # struct kvm_msr_entry
 ctypedef struct Msrs:  # struct kvm_msrs with room
     uint32_t nmsrs
     uint32_t padding
-    Msr entries[MAX_MSRS + MAX_MTRRS]
+    Msr entries[MAX_MSRS + MAX_UNLISTED]
 
 ctypedef struct MsrList:
     uint32_t nmsrs
@@ -378,6 +382,9 @@ cdef class KvmVcpu(Vcpu):
             p.msrs.entries[n].index = OTHER_MTRRS[i]
             i += 1
             n += 1
+        for i in range(4 * self._mce_banks()):
+            p.msrs.entries[n].index = MCE_BANKS + i
+            n += 1
         # KVM stops at the first MSR this vCPU lacks: leave that one out and read on.
         p.msrs.nmsrs = n
         while p.msrs.nmsrs > 0:
@@ -389,10 +396,19 @@ cdef class KvmVcpu(Vcpu):
                 p.msrs.entries[i] = p.msrs.entries[i + 1]
         return 0
 
+    cdef uint32_t _mce_banks(self) except? 0:
+        cdef Msrs one
+        memset(&one, 0, sizeof(one))
+        one.nmsrs = 1
+        one.entries[0].index = MSR_MCG_CAP
+        if call(self.fd, kvm.KVM_GET_MSRS, &one, "read the number of machine check banks") != 1:
+            return 0
+        return min(<uint32_t>(one.entries[0].data & 0xFF), <uint32_t>MAX_MCE_BANKS)
+
     def reset(self) -> None:
         """To the state at power-on; held."""
         cdef Pristine *p = self.pristine
-        cdef uint32_t i
+        cdef uint32_t at = 0
         cdef long done
         # The APIC's base and mode are in the system registers, and the rest of it depends on them.
         call(self.fd, kvm.KVM_SET_SREGS, &p.sregs, "reset the system registers")
@@ -401,15 +417,16 @@ cdef class KvmVcpu(Vcpu):
             call(self.fd, kvm.KVM_SET_XCRS, &p.xcrs, "reset the extended control registers")
         call(self.fd, kvm.KVM_SET_XSAVE, &p.xsave, "reset the extended state")
         call(self.fd, kvm.KVM_SET_DEBUGREGS, &p.debugregs, "reset the debug registers")
-        # One at a time: a read-only MSR among them must not end the rest.
-        cdef Msrs one
-        for i in range(p.msrs.nmsrs):
-            one.nmsrs = 1
-            one.padding = 0
-            one.entries[0] = p.msrs.entries[i]
-            done = kvm.ioctl(self.fd, kvm.KVM_SET_MSRS, &one)
+        # A read-only MSR among them must not end the rest: KVM stops there, and we go on behind it.
+        cdef Msrs rest
+        while at < p.msrs.nmsrs:
+            rest.nmsrs = p.msrs.nmsrs - at
+            rest.padding = 0
+            memcpy(rest.entries, &p.msrs.entries[at], rest.nmsrs * sizeof(Msr))
+            done = kvm.ioctl(self.fd, kvm.KVM_SET_MSRS, &rest)
             if done < 0:
                 refused("reset the MSRs")
+            at += <uint32_t>done + 1
         call(self.fd, kvm.KVM_SET_LAPIC, &p.lapic, "reset the local APIC")
         call(self.fd, kvm.KVM_SET_VCPU_EVENTS, &p.events, "reset the pending events")
         call(self.fd, kvm.KVM_SET_MP_STATE, &p.mp_state, "reset the multiprocessor state")

@@ -417,8 +417,16 @@ def test_reset_brings_power_on_back_twenty_times(kvm_fd: int) -> None:
 
 @pytest.mark.parametrize(
     ("msr", "value"),
-    [(0x2FF, 0xC06), (0x200, 0xC000_0006), (0x201, 0x800), (0x250, 0x0606_0606), (0x277, 0x0007_0606), (0x174, 0x1234)],
-    ids=["MTRR default type", "MTRR base", "MTRR mask", "fixed MTRR", "PAT", "SYSENTER"],
+    [
+        pytest.param(0x2FF, 0xC06, id="MTRR default type"),
+        pytest.param(0x200, 0xC000_0006, id="MTRR base"),
+        pytest.param(0x201, 0x800, id="MTRR mask"),
+        pytest.param(0x250, 0x0606_0606, id="fixed MTRR"),
+        pytest.param(0x277, 0x0007_0606, id="PAT"),
+        pytest.param(0x174, 0x1234, id="SYSENTER"),
+        pytest.param(0x402, 0x1234, id="machine check address, first bank"),
+        pytest.param(0x427, 0x1234, id="machine check miscellaneous, tenth bank"),
+    ],
 )
 def test_reset_takes_msrs_back(kvm_fd: int, msr: int, value: int) -> None:
     """Also those that KVM does not list, as it does not list MTRRs: the next kernel finds none of the last one's."""
