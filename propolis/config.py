@@ -34,12 +34,14 @@ if TYPE_CHECKING:
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
+JailMode = Literal["on", "log", "off"]
 
 T = TypeVar("T", bound=str)
 
 DEFAULT_PORT = 12400
 LOG_LEVELS: tuple[LogLevel, ...] = ("debug", "info", "warning", "error")
 LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
+JAIL_MODES: tuple[JailMode, ...] = ("on", "log", "off")
 _SOCKET_NAME = "propolis.sock"
 
 
@@ -98,6 +100,14 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     vms: int = 1000
 
 
+class Jail(msgspec.Struct, frozen=True, kw_only=True):
+    """How VMs are confined, by propolis.jail. Where root runs the daemon each is a user of its own, from `first_uid` on."""
+
+    mode: JailMode = "on"
+    first_uid: int = 0x7000_0000  # from here on nobody else has users, as systemd's list of them says
+    core_bytes: int = 0
+
+
 class Defaults(msgspec.Struct, frozen=True, kw_only=True):
     """What is added to each new VM; `boot` only to one that says nothing of it."""
 
@@ -119,7 +129,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tls: Tls | None = None
     tokens: Tokens = Tokens()
     limits: Limits = Limits()
-    jail: bool = True
+    jail: Jail = Jail()
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
     defaults: Defaults = Defaults()
@@ -200,9 +210,6 @@ class _Reader:
         level: LogLevel = log.take("level", _choice(LOG_LEVELS), "info")
         form: LogFormat = log.take("format", _choice(LOG_FORMATS), "text")
         log.finish()
-        jail = root.table("jail")
-        is_jailed = jail.take("enabled", flag, True)
-        jail.finish()
         tokens = root.table("tokens")
         token_files = Tokens(
             full=tokens.take("full", self._paths, ()),
@@ -220,7 +227,7 @@ class _Reader:
             tls=self._tls(root),
             tokens=token_files,
             limits=self._limits(root.table("limits")),
-            jail=is_jailed,
+            jail=self._jail(root.table("jail")),
             log_level=level,
             log_format=form,
             defaults=self._defaults(root),
@@ -251,6 +258,15 @@ class _Reader:
         )
         table.finish()
         return limits
+
+    def _jail(self, table: Table) -> Jail:
+        jail = Jail(
+            mode=table.take("mode", _choice(JAIL_MODES), Jail().mode),
+            first_uid=table.take("first_uid", _between(1, 0x7FFF_0000), Jail().first_uid),
+            core_bytes=table.take("core_bytes", _between(0, 1 << 50), Jail().core_bytes),
+        )
+        table.finish()
+        return jail
 
     def _defaults(self, root: Table) -> Defaults:
         chipset = root.table("chipset")

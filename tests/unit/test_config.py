@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from propolis.config import (
+    Jail,
     Limits,
     TcpAddress,
     Tls,
@@ -70,7 +71,9 @@ level = "debug"
 format = "json"
 
 [jail]
-enabled = false
+mode = "log"
+first_uid = 100000
+core_bytes = 1000
 """
     )
     settings = load(file)
@@ -82,7 +85,8 @@ enabled = false
     assert (settings.state_directory, settings.run_directory) == ("/state", f"{tmp_path}/run")
     assert settings.allowed_directories == ("/images", f"{tmp_path}/more")
     assert (settings.allowed_hosts, settings.allowed_origins) == (("vm.example",), ("https://console.example",))
-    assert (settings.insecure, settings.jail, settings.log_level, settings.log_format) == (True, False, "debug", "json")
+    assert (settings.insecure, settings.log_level, settings.log_format) == (True, "debug", "json")
+    assert settings.jail == Jail(mode="log", first_uid=100000, core_bytes=1000)
     assert settings.tls == Tls(certificate=f"{tmp_path}/server.pem", key="/etc/key.pem", client_ca=f"{tmp_path}/ca.pem")
     assert settings.tokens == Tokens(full=(f"{tmp_path}/tokens",), read_only=("/etc/readers",))
     assert settings.limits == Limits(body_bytes=5000, header_bytes=2000, connections=3, idle_seconds=4, vms=5)
@@ -98,7 +102,8 @@ def test_without_a_file() -> None:
     assert settings.state_directory.startswith("/")
     assert not settings.tokens
     assert settings.tls is None
-    assert settings.jail
+    assert settings.jail == Jail()
+    assert settings.jail.mode == "on"
     assert not settings.insecure
     assert settings.defaults.boot is None
     assert settings == parse("", "x", "/somewhere/else")
@@ -136,7 +141,9 @@ ONE_WRONG = [
     ('[tls]\ncertificate = "x"', "1:1", "[tls] has no 'key'"),
     ("[limits]\nbody_bytes = 1", "2:14", "body_bytes: expected 4096 to 1073741824, not 1"),
     ("[limits]\nconnections = true", "2:15", "connections: expected a whole number, not true"),
-    ("[jail]\nmode = 1", "2:1", "unknown key 'mode' in [jail]"),
+    ('[jail]\nmode = "no"', "2:8", "mode: expected one of on, log, off, not 'no'"),
+    ("[jail]\nenabled = true", "2:1", "unknown key 'enabled' in [jail]"),
+    ("[jail]\nfirst_uid = 0", "2:13", "first_uid: expected 1 to 2147418112, not 0"),
     ("[tokens]\nfull = [1]", "2:8", "full: expected an array of strings, not an array"),
     ("[chipset]\nenable-pcie = true", "2:1", "enable-pcie = true is known, but not available"),
     ('[[pci_bridge]]\npci-path = "0.9.0"', "1:1", "'pci_bridge' is known, but not available"),
