@@ -101,7 +101,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Jail(msgspec.Struct, frozen=True, kw_only=True):
-    """How VMs are confined, by propolis.jail. Where root runs the daemon each is a user of its own, from `first_uid` on."""
+    """How VMs are confined: propolis.jail. Where root runs the daemon each is a user of its own, from `first_uid`."""
 
     mode: JailMode = "on"
     first_uid: int = 0x7000_0000  # from here on nobody else has users, as systemd's list of them says
