@@ -506,7 +506,7 @@ def _in_thread(kind: str, action: Callable[[], object]) -> Callable[[], object]:
 
 
 def test_threads_that_run_no_python_may_do_less(jails: Jails, tmp_path: Path) -> None:
-    """The pool reaches the disk and no vCPU does; the loop takes descriptors from a socket, neither does."""
+    """The pool syncs the disk and no vCPU does; the loop takes descriptors from a socket, neither does."""
 
     def receive() -> None:
         one, other = socket.socketpair()
