@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
-import fcntl
-import os
 import select
-import socket
-import stat
 from typing import TYPE_CHECKING, cast
 
-from propolis.errors import BackendError, BusyError, StateError
+from propolis.errors import BackendError, StateError
+from propolis.unix_name import UnixName
 
 if TYPE_CHECKING:
     from propolis.console.hub import ConsoleHub, Peer
@@ -21,8 +16,6 @@ MAX_CLIENTS = 64
 _WRITE_BUFFER = 65536
 _READ_BUFFER = 4096
 _BACKLOG = 64
-_FOLDER_LOCK_TRIES = 200
-_FOLDER_LOCK_PAUSE = 0.01
 
 
 class ConsoleSocket:
@@ -30,36 +23,26 @@ class ConsoleSocket:
 
     def __init__(self, path: str, hub: ConsoleHub, *, max_clients: int = MAX_CLIENTS, grace: float = 1.0) -> None:
         """`grace` bounds, in seconds, how long a client that does not read keeps its connection after the end."""
-        self.path = os.path.abspath(path)
+        self._name = UnixName(path, "console socket")
+        self.path = self._name.path
         self._hub = hub
         self._max_clients = max_clients
         self._grace = grace
         self._connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
-        self._folder = -1
-        self._inode: tuple[int, int] | None = None
         self._all_gone: asyncio.Future[None] | None = None
 
     async def open(self) -> None:
         """Listen; BusyError where another program does, while what a dead one left is replaced."""
+        listener = await self._name.take(0o600, backlog=_BACKLOG)
         try:
-            self._folder = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            await _lock_folder(self._folder, self.path)
-            try:
-                listener = self._take_name()
-            finally:
-                fcntl.flock(self._folder, fcntl.LOCK_UN)
             loop = asyncio.get_running_loop()
-            try:
-                self._server = await loop.create_unix_server(lambda: _Connection(self), sock=listener)
-            except BaseException:
-                listener.close()
-                raise
-        except OSError as error:
+            self._server = await loop.create_unix_server(lambda: _Connection(self), sock=listener)
+        except BaseException as error:
+            listener.close()
             await self.close()
-            raise BackendError(f"open console socket {self.path!r}: {error.strerror or error}") from error
-        except BaseException:
-            await self.close()
+            if isinstance(error, OSError):
+                raise BackendError(f"open console socket {self.path!r}: {error.strerror or error}") from error
             raise
 
     async def close(self) -> None:
@@ -67,7 +50,7 @@ class ConsoleSocket:
         if self._server is not None:
             self._server.close()
             self._server = None
-        await self._remove_name()
+        await self._name.release()
         for connection in tuple(self._connections):
             connection.close()
         if self._connections:
@@ -79,69 +62,13 @@ class ConsoleSocket:
                 for connection in tuple(self._connections):
                     connection.abort()
 
-    def _take_name(self) -> socket.socket:
-        """A listening socket under our name. The caller holds the folder's lock, so nobody else does this now."""
-        name = os.path.basename(self.path)
-        self._refuse_live(name)
-        made = f".{name}.new"
-        with contextlib.suppress(FileNotFoundError):  # left by a program that was killed just here
-            os.unlink(made, dir_fd=self._folder)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            # Through the folder's descriptor, because a socket's path may be 107 bytes long and folders are longer.
-            listener.bind(self._within_folder(made))
-            os.chmod(made, 0o600, dir_fd=self._folder)
-            listener.listen(_BACKLOG)
-            os.rename(made, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
-            status = os.stat(name, dir_fd=self._folder, follow_symlinks=False)
-        except BaseException:
-            listener.close()
-            with contextlib.suppress(OSError):
-                os.unlink(made, dir_fd=self._folder)
-            raise
-        self._inode = (status.st_dev, status.st_ino)
-        return listener
-
-    def _refuse_live(self, name: str) -> None:
-        try:
-            status = os.stat(name, dir_fd=self._folder, follow_symlinks=False)
-        except FileNotFoundError:
-            return
-        if not stat.S_ISSOCK(status.st_mode):
-            raise BusyError(f"open console socket {self.path!r}: there is something that is not a socket")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-            result = probe.connect_ex(self._within_folder(name))
-        # A full queue is a sign of life too, and so is everything else but a refusal.
-        if result not in (errno.ECONNREFUSED, errno.ENOENT):
-            raise BusyError(f"open console socket {self.path!r}: another program listens there")
-
-    def _within_folder(self, name: str) -> str:
-        return f"/proc/self/fd/{self._folder}/{name}"
-
-    async def _remove_name(self) -> None:
-        folder, inode = self._folder, self._inode
-        self._folder, self._inode = -1, None
-        if folder < 0:
-            return
-        try:
-            if inode is not None:
-                await _lock_folder(folder, self.path)
-                name = os.path.basename(self.path)
-                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                if (status.st_dev, status.st_ino) == inode:
-                    os.unlink(name, dir_fd=folder)
-        except (OSError, BusyError):
-            pass  # gone already, or left as a stale name that the next VM replaces
-        finally:
-            os.close(folder)
-
     def _admit(self, connection: _Connection) -> bool:
         """Count a connection in, if there is room or can be made."""
         for other in tuple(self._connections):
             if other.is_dead():
                 other.abort()
                 self._discard(other)
-        if len(self._connections) >= self._max_clients or self._folder < 0:
+        if len(self._connections) >= self._max_clients or not self._name.is_taken:
             return False
         self._connections.add(connection)
         return True
@@ -238,15 +165,3 @@ class _Connection(asyncio.BufferedProtocol):
         if self._peer is not None:
             self._peer.detach()
             self._peer = None
-
-
-async def _lock_folder(folder: int, path: str) -> None:
-    """Take turns with other programs that put a socket into this folder or take one out, which none does for long."""
-    for _ in range(_FOLDER_LOCK_TRIES):
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            await asyncio.sleep(_FOLDER_LOCK_PAUSE)
-        else:
-            return
-    raise BusyError(f"open console socket {path!r}: another program keeps its folder locked")
