@@ -122,6 +122,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     state_directory: str
     run_directory: str
     listen: tuple[Address, ...]
+    socket_group: str | None = None  # who may use unix sockets, beside this user
     insecure: bool = False
     allowed_directories: tuple[str, ...] | None = None
     allowed_hosts: tuple[str, ...] = ()
@@ -201,6 +202,7 @@ class _Reader:
         state = server.take("state_directory", self._path, None) or default_state_directory()
         run = server.take("run_directory", self._path, None) or default_folder()
         listen = server.take("listen", self._addresses, ())
+        group = server.take("socket_group", text, None)
         insecure = server.take("insecure", flag, False)
         directories = server.take("allowed_directories", self._paths, None)
         hosts = server.take("allowed_hosts", _texts, ())
@@ -220,6 +222,7 @@ class _Reader:
             state_directory=state,
             run_directory=run,
             listen=listen or (UnixAddress(os.path.join(run, _SOCKET_NAME)),),
+            socket_group=group,
             insecure=insecure,
             allowed_directories=directories,
             allowed_hosts=hosts,

@@ -73,3 +73,17 @@ class JailError(PropolisError):
 
     code = "jail"
     status = 500
+
+
+class UnauthorizedError(PropolisError):
+    """A request without a token that is known."""
+
+    code = "Unauthorized"
+    status = 401
+
+
+class ForbiddenError(PropolisError):
+    """A request that this client may not make."""
+
+    code = "Forbidden"
+    status = 403

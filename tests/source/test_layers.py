@@ -31,6 +31,8 @@ ARROWS: dict[str, set[str]] = {
     # deciding
     "http": {"lifecycle", "spec", "errors"},  # handlers see the lifecycle, never a device
     "http.client": {"spec", "errors"},
+    "http.access": {"config", "errors"},
+    "http.door": {"config", "unix_name", "errors"},
     "machine": {
         "lifecycle",
         "board",

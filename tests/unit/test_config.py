@@ -47,6 +47,7 @@ state_directory = "/state"
 run_directory = "run"
 allowed_directories = ["/images/", "more"]
 allowed_hosts = ["vm.example"]
+socket_group = "vms"
 allowed_origins = ["https://console.example"]
 insecure = true
 
@@ -87,6 +88,7 @@ core_bytes = 1000
     assert (settings.allowed_hosts, settings.allowed_origins) == (("vm.example",), ("https://console.example",))
     assert (settings.insecure, settings.log_level, settings.log_format) == (True, "debug", "json")
     assert settings.jail == Jail(mode="log", first_uid=100000, core_bytes=1000)
+    assert settings.socket_group == "vms"
     assert settings.tls == Tls(certificate=f"{tmp_path}/server.pem", key="/etc/key.pem", client_ca=f"{tmp_path}/ca.pem")
     assert settings.tokens == Tokens(full=(f"{tmp_path}/tokens",), read_only=("/etc/readers",))
     assert settings.limits == Limits(body_bytes=5000, header_bytes=2000, connections=3, idle_seconds=4, vms=5)
