@@ -47,7 +47,8 @@ def standalone(
 ) -> Iterator[tuple["subprocess.Popen[str]", float, float]]:
     """A VM at its first instruction: the process, milliseconds from exec to that, and from the end of its imports."""
     (directory / "vm.toml").write_text(CONFIG.format(pid=os.getpid(), memory=memory_mib, kernel=kernel))
-    command = [sys.executable, "-m", "propolis.standalone", "--log-level", "debug", "vm.toml"]
+    program = "from propolis.entry import standalone; standalone()"
+    command = [sys.executable, "-c", program, "--log-level", "debug", "vm.toml"]
     environment = os.environ | {"PYTHONPATH": str(TREE)}
     start = time.perf_counter()
     with subprocess.Popen(command, cwd=directory, env=environment, stderr=subprocess.PIPE, text=True) as process:

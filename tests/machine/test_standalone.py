@@ -1,15 +1,19 @@
 """`propolis-standalone` as a program: exit statuses, messages, signals, names, locks, reboots. Its guests are tiny."""
 
 import asyncio
+import contextlib
+import random
 import re
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from propolis.names import NameLock
 from tests.machine import kernels, tiny
-from tests.machine.guest import Guest
+from tests.machine.guest import SLOWER, Guest
 
 pytestmark = [pytest.mark.kvm, pytest.mark.program]
 
@@ -159,6 +163,50 @@ async def test_the_second_signal_ends_the_vm(tmp_path: Path, number: signal.Sign
         assert await vm.exit_status() == 128 + number
     assert tiny.log(vm) == ""
     assert not (tmp_path / "ttya").exists()
+
+
+START = 0.3  # seconds in which a start on a quick machine is over
+
+
+def started(directory: Path, *before: str) -> "subprocess.Popen[str]":
+    """The program, whose signals are its own from now on: Python itself leaves SIGHUP alone."""
+    process = subprocess.Popen([*before, *tiny.PROGRAM, "vm.toml"], cwd=directory, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + SOON * SLOWER
+    while not is_caught(process.pid, signal.SIGHUP):
+        assert time.monotonic() < deadline, "the program does not look after its signals"
+        assert process.poll() is None, process.stderr and process.stderr.read()
+    return process
+
+
+def is_caught(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    match = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return match is not None and bool(int(match[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_any_moment_of_the_start(tmp_path: Path, number: signal.Signals, rounds: int) -> None:
+    """Ends the program with its status and without a word; where the guest runs already, the second one does."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    dice = random.Random(seed)
+    tiny.write(tmp_path, tiny.DEAF)
+    for _ in range(6 * rounds):
+        process = started(tmp_path)
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(dice.random() ** 2 * START * SLOWER)
+            for _ in range(20):
+                process.send_signal(number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5 * SLOWER)
+                    break
+            _, said = process.communicate(timeout=SOON * SLOWER)
+        finally:
+            process.kill()
+        assert (process.returncode, said) == (128 + number, "")
+        assert not (tmp_path / "ttya").exists()
 
 
 async def test_the_button_is_pressed_before_a_reboot_and_after(tmp_path: Path) -> None:

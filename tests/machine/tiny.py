@@ -18,7 +18,7 @@ from tests.machine import kernels
 from tests.machine.guest import SLOWER, Guest
 
 TREE = Path(__file__).resolve().parents[2]
-PROGRAM = ["env", f"PYTHONPATH={TREE}", sys.executable, "-m", "propolis.standalone"]
+PROGRAM = ["env", f"PYTHONPATH={TREE}", sys.executable, "-c", "from propolis.entry import standalone; standalone()"]
 NAME = f"test-{os.getpid()}"
 """What the VMs of these tests are called: nobody else's is ended by them."""
 

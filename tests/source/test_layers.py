@@ -16,6 +16,7 @@ ARROWS: dict[str, set[str]] = {
     "cli": {"http.client", "spec", "errors"},
     "daemon": {"http.router", "http.client", "spec", "config", "names", "errors"},  # never anything compiled
     "store": {"spec", "errors"},
+    "entry": {"standalone"},
     "standalone": {"standalone_config", "machine", "lifecycle", "keeper", "console", "names", "spec", "errors"},
     "worker": {"machine", "lifecycle", "http.app", "config", "jail", "console", "keeper", "errors"},
     "zygote": {"worker", "keeper"},
@@ -164,6 +165,13 @@ def test_nothing_compiled_is_loaded(module: str) -> None:
     show = f"import sys, {module}; print([m for m in sys.modules if m.startswith('propolis._')])"
     result = subprocess.run([sys.executable, "-c", show], cwd=TREE, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_signals_are_looked_after_before_anything_is_loaded() -> None:
+    """What comes first may not take time."""
+    show = "import sys; before = set(sys.modules); import propolis.entry; print(sorted(set(sys.modules) - before))"
+    result = subprocess.run([sys.executable, "-c", show], cwd=TREE, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "['propolis', 'propolis.entry']"
 
 
 def test_standalone_loads_no_web_framework() -> None:
