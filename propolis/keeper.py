@@ -4,6 +4,7 @@ A standalone VM is its own keeper; behind the daemon the keeper is a process of 
 """
 
 import os
+import stat
 from io import FileIO
 
 from propolis.disk_image import open_image
@@ -12,6 +13,11 @@ from propolis.errors import HypervisorError, ImageError
 
 def _reason(error: OSError) -> str:
     return error.strerror or str(error)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A pipe that is named by mistake must not wait for its other end. Of no effect on files."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 class LocalKeeper:
@@ -32,9 +38,13 @@ class LocalKeeper:
     def open_image(self, path: str, what: str) -> FileIO:
         """A kernel or initrd, open for reading. Raises ImageError."""
         try:
-            return FileIO(path)  # unbuffered: the loaders read straight into guest memory
+            image = FileIO(path, opener=_open_without_waiting)  # unbuffered: loaders read straight into guest memory
         except OSError as error:
             raise ImageError(f"open {what} '{path}': {_reason(error)}") from error
+        if not stat.S_ISREG(os.fstat(image.fileno()).st_mode):
+            image.close()
+            raise ImageError(f"open {what} '{path}': not a file")
+        return image
 
     def open_disk(self, path: str, *, read_only: bool) -> int:
         """A locked descriptor of a raw file or block device, which the caller closes.

@@ -48,7 +48,8 @@ _LAST_MESSAGES = 1000  # more than a pair of sockets keeps
 _LAST_READS = 4  # a pipe holds what one read takes; others may have the worker's end of it
 _BURIAL = 5.0  # seconds that the kernel may take to bury an earlier worker
 _PR_SET_PDEATHSIG = 1
-_MESSAGES = msgspec.json.Decoder(Message)
+_MESSAGES = msgspec.json.Decoder(Message)  # made here, what it knows of the types is there in every child
+_ENCODER = msgspec.json.Encoder()
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -156,7 +157,7 @@ def _wait_for_earlier_worker(directory: RunDirectory) -> None:
 def _tell(daemon: socket.socket, message: msgspec.Struct, fds: tuple[int, ...] = ()) -> bool:
     """False where the daemon does not listen any more."""
     try:
-        socket.send_fds(daemon, [msgspec.json.encode(message)], fds)
+        socket.send_fds(daemon, [_ENCODER.encode(message)], fds)
     except OSError:
         return False
     return True

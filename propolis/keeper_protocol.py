@@ -79,7 +79,7 @@ class StartOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     log_level: str = "info"
     hypervisor: str = "kvm"
-    jail: msgspec.Raw = msgspec.Raw(b"null")  # of propolis.jail
+    jail: msgspec.Raw = msgspec.Raw(b"{}")  # JailSettings of propolis.jail; by itself a full one
     cgroup: str | None = None  # the directory of the control group that keeper and worker join
 
 

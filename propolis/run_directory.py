@@ -78,6 +78,7 @@ class RunDirectory:
         """Use `create` or `open`. Owns the descriptor."""
         self.path = path
         self._fd = fd
+        self._lock = -1
 
     # -- the directory -------------------------------------------------------------------------------------------------
 
@@ -142,10 +143,11 @@ class RunDirectory:
                 raise BackendError(f"remove run directory {path!r}: {error.strerror}") from error
 
     def close(self) -> None:
-        """Twice is fine."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Also of the lock, where this process has it. Twice is fine."""
+        for fd in (self._fd, self._lock):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._lock = -1
 
     def fileno(self) -> int:
         return self._fd
@@ -278,7 +280,7 @@ class RunDirectory:
     # -- the keeper's --------------------------------------------------------------------------------------------------
 
     def take_lock(self) -> None:
-        """Keep this VM until this process ends. Raises BusyError naming who does.
+        """Keep this VM until this process ends or closes this. Raises BusyError naming who does.
 
         The lock is this process's alone: not its children's, and gone once it closes any descriptor of that file.
         """
@@ -288,6 +290,7 @@ class RunDirectory:
         except OSError as error:
             os.close(fd)
             raise BusyError(f"run directory {self.path!r}: process {self.lock_holder()} keeps its VM") from error
+        self._lock = fd
 
     def write_processes(self, keeper: Process, worker: Process) -> None:
         """Note who runs. Not on the disk: after another boot they are nobody."""

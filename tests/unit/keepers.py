@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,3 +122,20 @@ async def ended(vm: RunningVm) -> ExitRecord:
     """The record of its end."""
     async with asyncio.timeout(TIMEOUT):
         return await vm.wait()
+
+
+def until(what: str, reached: Callable[[], bool]) -> None:
+    """Waits for what only polling shows."""
+    deadline = time.monotonic() + TIMEOUT
+    while not reached():
+        assert time.monotonic() < deadline, f"missing: {what}"
+        time.sleep(0.002)
+
+
+def is_gone(pid: int) -> bool:
+    """Also where nobody has waited for it yet."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+    except (FileNotFoundError, ProcessLookupError):
+        return True

@@ -20,30 +20,13 @@ from propolis.lifecycle import State
 from propolis.processes import Process
 from propolis.run_directory import RunDirectory
 from propolis.running_vm import RunningVm, find_running
-from tests.unit.keepers import TIMEOUT, ended, idle, kept, serving, spec
+from tests.unit.keepers import ended, idle, is_gone, kept, serving, spec, until
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Iterator[RunDirectory]:
     with RunDirectory.create(str(tmp_path / "run")) as directory:
         yield directory
-
-
-def until(what: str, reached: Callable[[], bool]) -> None:
-    """Waits for what only polling shows."""
-    deadline = time.monotonic() + TIMEOUT
-    while not reached():
-        assert time.monotonic() < deadline, f"missing: {what}"
-        time.sleep(0.002)
-
-
-def is_gone(pid: int) -> bool:
-    """Also where nobody has waited for it yet."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 def title(pid: int) -> str:
