@@ -119,7 +119,7 @@ def enter(settings: JailSettings, keep: Collection[int] | None = None) -> None:
 
 
 def _enter(settings: JailSettings, keep: Collection[int] | None) -> None:
-    if len(os.listdir("/proc/self/task")) != 1:
+    if _thread_count() != 1:
         raise JailError("it has several threads, and most of this confines one")
     is_root = os.geteuid() == 0
     if is_root and not settings.uid:
@@ -155,6 +155,14 @@ def _enter(settings: JailSettings, keep: Collection[int] | None) -> None:
 
     syscall_filter.load(programs["worker"])
     threads.before_each(confine_thread)
+
+
+def _thread_count() -> int:
+    """Of the whole process, not only those that Python started."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError as error:
+        raise JailError(f"count its threads: {error.strerror}") from error
 
 
 def _leave_file_system() -> None:
