@@ -82,6 +82,7 @@ ARROWS: dict[str, set[str]] = {
     "toml_devices": {"spec", "toml_table", "errors"},
     "toml_table": {"toml_places", "errors"},
     "toml_places": {"errors"},
+    "cgroup": {"spec", "errors"},
     "config": {"spec", "names", "toml_devices", "toml_table", "errors"},
     "names": {"spec", "processes", "errors"},
     "spec": {"errors"},
