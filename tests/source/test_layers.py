@@ -83,6 +83,7 @@ ARROWS: dict[str, set[str]] = {
     "toml_table": {"toml_places", "errors"},
     "toml_places": {"errors"},
     "cgroup": {"spec", "errors"},
+    "power_off": {"config", "run_directory", "running_vm", "errors"},
     "config": {"spec", "names", "toml_devices", "toml_table", "errors"},
     "names": {"spec", "processes", "errors"},
     "spec": {"errors"},
