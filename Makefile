@@ -1,12 +1,12 @@
 # Every target first sees to what it needs (scripts/setup). Settings: PROPOLIS_BUILD=debug|asan|... (setup.py),
-# PYTHON=/path/to/python3, KEEP_GOING=1, PYTEST='-k name'.
+# PYTHON=/path/to/python3, KEEP_GOING=1, PYTEST='-k name', ARGUMENTS='--enable' (of install-service).
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench soak build clean
+.PHONY: help demo test lint bench soak build install-service clean
 export KEEP_GOING
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 demo: build ## boot Linux, log in, run a command, power off
 	@scripts/guest-image
@@ -29,6 +29,9 @@ soak: build ## the tests with ROUNDS (20) instead of two rounds of each
 
 build: ## Debian packages, .venv, compiled modules; only what is missing
 	@scripts/setup
+
+install-service: build ## run this tree as a service: units, or the SMF manifest, in place (docs/services.md)
+	@.venv/bin/propolis-server install-service $(ARGUMENTS)
 
 clean: ## remove what was built, but not .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .demo

@@ -1,14 +1,29 @@
 """Entry point of `propolis-server`."""
 
+import argparse
 import sys
 
 from propolis import __version__
 
 
 def main() -> int:
-    """Say what is there: the version, and that the daemon does not exist yet."""
-    if sys.argv[1:] == ["--version"]:
+    """Do what the first word says; the daemon itself does not exist yet."""
+    command, *words = sys.argv[1:] or [""]
+    if command == "--version":
         sys.stdout.write(f"propolis-server {__version__}\n")
         return 0
+    parser = argparse.ArgumentParser(
+        prog=f"propolis-server {command}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if command == "install-service":
+        from propolis import install_service
+
+        install_service.add_arguments(parser)
+        return install_service.run(parser.parse_args(words))
+    if command == "power-off":
+        from propolis import power_off
+
+        power_off.add_arguments(parser)
+        return power_off.run(parser.parse_args(words))
     sys.stderr.write("propolis-server: arrives with the daemon; until then run one VM with propolis-standalone\n")
     return 2

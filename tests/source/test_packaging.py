@@ -15,6 +15,9 @@ from tests.source.tree import COMPILED, TREE
 pytestmark = [pytest.mark.slow, pytest.mark.shared, pytest.mark.timeout(900)]
 
 
+SERVICE_FILES = {str(path.relative_to(TREE)) for path in (TREE / "propolis/services").iterdir()}
+
+
 def _call(*command: str | Path, cwd: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PROPOLIS"))}
     result = subprocess.run(
@@ -54,6 +57,7 @@ def test_the_sdist_holds_the_sources(archives: tuple[Path, Path]) -> None:
             if path.with_suffix(suffix).exists():
                 sources.add(str(path.with_suffix(suffix).relative_to(TREE)))
     sources |= {str(path.relative_to(TREE)) for path in (TREE / "propolis").rglob("*.h")}
+    sources |= SERVICE_FILES
     assert sources <= names
     assert not [name for name in names if name.endswith((".so", ".html", ".pyc")) or name.startswith("build/")]
     assert not {name.removesuffix(".c") for name in names if name.endswith(".c")} & {
@@ -67,6 +71,7 @@ def test_the_wheel_holds_what_runs(archives: tuple[Path, Path]) -> None:
         names = set(archive.namelist())
     assert not [name for name in names if name.endswith((".c", ".pyx", ".pxd", ".h"))]
     assert {"propolis/py.typed", "propolis_cli/py.typed", "propolis_cli/main.py"} <= names
+    assert names >= SERVICE_FILES
     for path in COMPILED:
         if path.stem != "_bhyve":
             stem = str(path.relative_to(TREE).with_suffix(""))
@@ -87,3 +92,6 @@ def test_the_wheel_works_in_a_clean_environment(archives: tuple[Path, Path], tmp
             _call(tools / "python", "-c", f"import {name}", cwd=tmp_path)
     for command in ("propolis-standalone", "propolis-server", "propolis-cli"):
         assert version in _call(tools / command, "--version", cwd=tmp_path)
+    _call(tools / "propolis-server", "install-service", "--root", tmp_path / "image", cwd=tmp_path)
+    unit = tmp_path / "image/usr/local/lib/systemd/system/propolis-server.service"
+    assert f"\nExecStart={tools}/propolis-server run " in unit.read_text()
