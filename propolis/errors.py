@@ -19,6 +19,21 @@ class ConfigError(PropolisError):
     status = 400
 
 
+class FieldError(ConfigError):
+    """Fields of a request that cannot be used: each by its JSON pointer in the body, and what was expected there."""
+
+    code = "field"
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{pointer or 'the body'}: {message}" for pointer, message in problems))
+        self.problems = problems
+
+    @property
+    def pointer(self) -> str:
+        """The place of the first problem."""
+        return self.problems[0][0]
+
+
 class ImageError(PropolisError):
     """A kernel, initrd or disk image that cannot be used: names the file and the field."""
 
@@ -27,10 +42,45 @@ class ImageError(PropolisError):
 
 
 class StateError(PropolisError):
-    """A request that the present state of the VM does not admit."""
+    """A request that the present state of the VM, which is named in `state` where known, does not admit."""
 
     code = "state"
     status = 409
+    state: str | None = None
+
+
+class ForbiddenStateError(StateError):
+    """The same as Propolis API 5.0.0 reports it."""
+
+    status = 403
+
+
+class NoInstanceError(PropolisError):
+    """There is no VM, or none any more."""
+
+    code = "NoInstance"
+    status = 424
+
+
+class UnreachableGenerationError(PropolisError):
+    """A generation that the state of a VM that is over will never reach."""
+
+    code = "NoInstance"
+    status = 410
+
+
+class AlreadyInitializedError(PropolisError):
+    """A second VM where there can be one."""
+
+    code = "AlreadyInitialized"
+    status = 409
+
+
+class NotFoundError(PropolisError):
+    """Nothing of that name."""
+
+    code = "NotFound"
+    status = 404
 
 
 class PauseError(PropolisError):

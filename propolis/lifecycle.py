@@ -7,7 +7,8 @@
     any of these -> STOPPING -> STOPPED (the guest powered off, or somebody stopped it)
     any of these -> FAILED (the hypervisor or a device cannot go on; `detail` says why)
 
-STOPPED and FAILED are final. What a request may do in which state is a pure function, `admit`.
+STOPPED and FAILED are final; where a VM is gone for good once it has stopped, DESTROYED follows on STOPPED. What a
+request may do in which state is a pure function, `admit`. A stop waits for nothing: what is under way is given up.
 
 A machine that cannot be brought to rest, because the host's storage hangs, runs on, and whoever asked is told. Only a
 guest that asked for a reset may not run on: a processor after a triple fault cannot, and one that wrote the reset
@@ -18,6 +19,7 @@ gain nothing, since the host's requests use guest memory until they return.
 import asyncio
 import enum
 import logging
+from collections.abc import Callable, Coroutine
 from typing import NamedTuple, Protocol
 
 from propolis.errors import PauseError, PropolisError, StateError
@@ -34,10 +36,11 @@ class State(enum.Enum):
     STOPPING = "Stopping"
     STOPPED = "Stopped"
     FAILED = "Failed"
+    DESTROYED = "Destroyed"
 
     @property
     def is_final(self) -> bool:
-        return self in (State.STOPPED, State.FAILED)
+        return self in (State.STOPPED, State.FAILED, State.DESTROYED)
 
 
 class Request(enum.Enum):
@@ -57,6 +60,7 @@ class GuestEvent(enum.Enum):
     TRIPLE_FAULT = "triple fault"
     POWER_OFF = "power off"
     FAILURE = "failure"
+    PANIC = "panic"  # the guest says that its kernel panicked: it runs on, or asks for a reset by itself
 
 
 class Record(NamedTuple):
@@ -101,6 +105,8 @@ def admit(state: State, pending: frozenset[Request], request: Request) -> Verdic
         return Verdict.IGNORE if running or Request.RUN in pending else Verdict.ACCEPT
     if state is State.CREATING:
         raise StateError(f"cannot {request.value}: the VM has not been started")
+    if request is Request.REBOOT and state is State.STARTING:
+        raise StateError("cannot reboot: the VM is starting")
     if request is Request.PAUSE:
         paused = state is State.PAUSED and Request.RUN not in pending
         return Verdict.IGNORE if paused or Request.PAUSE in pending else Verdict.ACCEPT
@@ -121,25 +127,51 @@ def _refuse(done: asyncio.Future[None], error: PropolisError) -> None:
 class Lifecycle:
     """Owns the state of one machine. `run` is the task; the other methods may be called from anywhere on the loop."""
 
-    def __init__(self, machine: Machine, *, reboot_ends: bool = False) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        reboot_ends: bool = False,
+        is_destroyed: bool = False,
+        first_generation: int = 0,
+        on_record: Callable[[Record], None] | None = None,
+    ) -> None:
+        """With `reboot_ends` a reset by the guest ends the VM; with `is_destroyed` DESTROYED follows on STOPPED.
+
+        `on_record` is told of every record, the first included, before whoever waits for it.
+        """
         self._machine = machine
-        self._reboot_ends = reboot_ends  # a reset by the guest ends the VM instead
+        self._reboot_ends = reboot_ends
+        self._is_destroyed = is_destroyed
+        self._on_record = on_record
         self._requests: dict[Request, asyncio.Future[None]] = {}  # in order, each once, until it is done
         self._events: set[GuestEvent] = set()
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
-        self.record = Record(0, State.CREATING)
+        self._under_way: asyncio.Timeout | None = None  # what was asked for, as long as a stop may end it
+        self.record = Record(first_generation, State.CREATING)
+        self.is_over = False  # there will be no other record
         self.rebooted = False  # whether a guest reset was what ended it
         self.reboots = 0
+        if on_record is not None:
+            on_record(self.record)
 
     def request(self, request: Request) -> None:
-        """Queues a request. Raises StateError when the present state does not admit it."""
-        if admit(self.record.state, frozenset(self._requests), request) is Verdict.ACCEPT:
-            opposite = _OPPOSITE.get(request, request)
-            if overtaken := self._requests.pop(opposite, None):  # the last word counts
-                _refuse(overtaken, StateError(f"cannot {opposite.value}: {request.value} was asked for after it"))
-            self._requests[request] = asyncio.get_running_loop().create_future()
-            self._wake.set()
+        """Queues a request. Raises StateError, which has the present state, when that does not admit it."""
+        try:
+            verdict = admit(self.record.state, frozenset(self._requests), request)
+        except StateError as error:
+            error.state = self.record.state.value
+            raise
+        if verdict is not Verdict.ACCEPT:
+            return
+        opposite = _OPPOSITE.get(request, request)
+        if overtaken := self._requests.pop(opposite, None):  # the last word counts
+            _refuse(overtaken, StateError(f"cannot {opposite.value}: {request.value} was asked for after it"))
+        self._requests[request] = asyncio.get_running_loop().create_future()
+        self._wake.set()
+        if request is Request.STOP and self._under_way is not None:
+            self._under_way.reschedule(0)  # long past: given up as soon as the loop runs
 
     async def perform(self, request: Request) -> None:
         """Queues a request and returns once it is done.
@@ -152,18 +184,20 @@ class Lifecycle:
             await asyncio.shield(done)  # others may wait for the same
 
     def report(self, event: GuestEvent) -> None:
-        """A guest event; several of a kind before it is served count once."""
+        """A guest event; several of a kind before it is served count once. A panic changes no state."""
+        if event is GuestEvent.PANIC:
+            return
         self._events.add(event)
         self._wake.set()
 
     async def wait_for(self, generation: int) -> Record:
-        """The present record, once its generation is at least this one."""
+        """The present record, once its generation is at least this one, or there will be no other."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self.record.generation >= generation or self.record.state.is_final)
+            await self._changed.wait_for(lambda: self.record.generation >= generation or self.is_over)
         return self.record
 
     async def run(self) -> Record:
-        """Serves requests and events until the VM is STOPPED or FAILED; returns that record, for the caller to tell."""
+        """Serves requests and events until the VM is over; returns the last record, for the caller to tell."""
         try:
             while not self.record.state.is_final:
                 await self._wake.wait()
@@ -181,6 +215,8 @@ class Lifecycle:
                     done.set_result(None)
                 else:
                     _refuse(done, StateError(f"cannot {request.value}: the VM has ended"))
+        if not self.is_over:
+            await self._publish(State.DESTROYED, self.record.detail)
         return self.record
 
     async def _serve(self) -> None:
@@ -190,13 +226,14 @@ class Lifecycle:
             elif GuestEvent.POWER_OFF in self._events:
                 await self._stop("the guest powered off")
             elif self._events & _RESETS and self.record.state is not State.PAUSED:
-                await self._guest_reset()
+                await self._unless_stopped(self._guest_reset())
             elif Request.STOP in self._requests:
                 await self._stop("stopped")
             elif self._requests:
                 request, done = next(iter(self._requests.items()))
                 try:
-                    await self._obey(request)
+                    if not await self._unless_stopped(self._obey(request)):
+                        _refuse(done, StateError(f"cannot {request.value}: the VM is stopping"))
                 except PauseError as error:
                     log.error("cannot %s: %s", request.value, error)  # noqa: TRY400 -- the traceback says nothing more
                     await self._run_on(f"cannot {request.value}: {error}")
@@ -260,7 +297,22 @@ class Lifecycle:
         self.reboots += 1
         await self._publish(State.RUNNING)
 
+    async def _unless_stopped(self, work: Coroutine[object, object, None]) -> bool:
+        """Whether it was done: it is given up where somebody stops the VM meanwhile, who waits for nothing."""
+        try:
+            async with asyncio.timeout(None) as scope:
+                self._under_way = scope
+                await work
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            return False
+        finally:
+            self._under_way = None
+        return True
+
     async def _stop(self, detail: str) -> None:
+        self._under_way = None  # as it is what ends the VM
         await self._publish(State.STOPPING, detail)
         await self._machine.halt()
         await self._publish(State.STOPPED, detail)
@@ -275,6 +327,9 @@ class Lifecycle:
 
     async def _publish(self, state: State, detail: str = "") -> None:
         self.record = Record(self.record.generation + 1, state, detail)
+        self.is_over = state.is_final and not (self._is_destroyed and state is State.STOPPED)
         log.info("state %s%s", state.value, f": {detail}" if detail else "")
+        if self._on_record is not None:
+            self._on_record(self.record)
         async with self._changed:
             self._changed.notify_all()

@@ -108,6 +108,7 @@ class Machine:
         if events & (PowerEvent.PANICKED | PowerEvent.CRASH_LOADED) and not self._is_panicked:
             self._is_panicked = True  # once: a guest must not fill the log
             log.warning("the guest's kernel panicked")
+            self._on_event(GuestEvent.PANIC)
         # A guest that asks for both at once is off: nothing it wants afterwards can matter.
         if events & PowerEvent.POWER_OFF:
             self._on_event(GuestEvent.POWER_OFF)
@@ -264,6 +265,11 @@ class Machine:
         """The guest's operating system decides what that means."""
         self.board.press_power_button()
 
+    def inject_nmi(self) -> None:
+        """An NMI for every vCPU, whatever it does. Raises HypervisorError."""
+        for vcpu in self.vcpus:
+            vcpu.inject_nmi()
+
     def failure_text(self) -> str:
         """Why the VM cannot go on: what the hypervisor said, the registers and the instruction."""
         if self._failed is None:
@@ -273,11 +279,12 @@ class Machine:
         return f"vCPU {vcpu.index}: {vcpu.failure_text()}; {_registers_text(vcpu.get_registers())} code={code}"
 
     def stats(self) -> dict[str, object]:
-        """Counters of the vCPUs and buses."""
+        """Counters of the vCPUs, buses and devices; of devices, none once the machine was halted."""
         return {
             "vcpus": [vcpu.stats() for vcpu in self.vcpus],
             "pio": self.vm.pio.stats(),
             "mmio": self.vm.mmio.stats(),
+            "devices": {device.name: stats for device in self.devices if (stats := device.stats())},
         }
 
 

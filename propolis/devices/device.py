@@ -33,6 +33,10 @@ class Device:
         """How many operations still use guest memory. After halt() not zero only if the host itself hangs."""
         return 0
 
+    def stats(self) -> dict[str, int]:
+        """Counters since it was built, by name."""
+        return {}
+
     def resume(self) -> None:
         """Work again, starting with what the guest asked for in the meantime."""
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 VM_NAMES = ("max_vcpus", "has_deadline_timer", "supported_cpuid", "map_memory", "reset", "close")
 VCPU_NAMES = (
-    "set_cpuid", "reset", "get_registers", "set_registers", "instruction_bytes", "failure_text", "close",
+    "set_cpuid", "reset", "inject_nmi", "get_registers", "set_registers", "instruction_bytes", "failure_text", "close",
 )  # fmt: skip
 
 

@@ -53,6 +53,9 @@ cdef enum:
     MSR_MCG_CAP = 0x179
     MCE_BANKS = 0x400
     MAX_MCE_BANKS = 32
+    # A message to a local APIC (SDM volume 3A, §11.11): its ID goes to bits 12 to 19, delivery mode 4 is an NMI.
+    MSI_ADDRESS = 0xFEE00000
+    MSI_NMI = 0x400
     # Exit reasons of ours, above KVM's: KVM_RUN itself failed.
     REASON_ERRNO = 0x10000
 
@@ -430,6 +433,14 @@ cdef class KvmVcpu(Vcpu):
         call(self.fd, kvm.KVM_SET_LAPIC, &p.lapic, "reset the local APIC")
         call(self.fd, kvm.KVM_SET_VCPU_EVENTS, &p.events, "reset the pending events")
         call(self.fd, kvm.KVM_SET_MP_STATE, &p.mp_state, "reset the multiprocessor state")
+
+    def inject_nmi(self) -> None:
+        """An NMI, whatever the guest does; for any thread, at any time before close()."""
+        # As a message to the local APIC: the ioctl of that name would wait until the vCPU is out of the guest.
+        cdef uint64_t address = MSI_ADDRESS | <uint64_t>self.index << 12
+        cdef int result = self.kvm_vm.signal_msi(address, MSI_NMI)
+        if result < 0:
+            raise HypervisorError(f"inject an NMI into vCPU {self.index}: {strerror(-result).decode()}")
 
     cdef void set_immediate_exit(self, bint on) noexcept nogil:
         if self.run_area != NULL:  # a closed vCPU may still be told to stop

@@ -239,6 +239,10 @@ cdef class ReplayVcpu(Vcpu):
         # A vCPU that was held as soon as it had parked itself has not come back to say so.
         return bool(self.is_parked) and self.position == self.length and self.rounds <= 1
 
+    def inject_nmi(self) -> None:
+        """Recorded as the message to a local APIC that it is elsewhere."""
+        self.vm.signal_msi(0xFEE00000 | <uint64_t>self.index << 12, 0x400)
+
     def set_cpuid(self, entries: list) -> None:
         self.cpuid = entries
 

@@ -21,13 +21,14 @@ N = None  # refused
 
 TABLE = {  # nothing pending: RUN, PAUSE, REBOOT, POWER_BUTTON, STOP
     State.CREATING: (Y, N, N, N, Y),
-    State.STARTING: (I, Y, Y, Y, Y),
+    State.STARTING: (I, Y, N, Y, Y),
     State.RUNNING: (I, Y, Y, Y, Y),
     State.PAUSED: (Y, I, N, N, Y),
     State.REBOOTING: (I, Y, I, Y, Y),
     State.STOPPING: (N, N, N, N, Y),
     State.STOPPED: (N, N, N, N, I),
     State.FAILED: (N, N, N, N, I),
+    State.DESTROYED: (N, N, N, N, I),
 }
 PENDING = {  # where something pending changes the answer, for the states in which it can be
     (State.CREATING, RUN): (I, N, N, N, Y),
@@ -37,7 +38,6 @@ PENDING = {  # where something pending changes the answer, for the states in whi
     (State.REBOOTING, PAUSE): (Y, I, N, N, Y),
     (State.STARTING, PAUSE): (Y, I, N, N, Y),
     (State.RUNNING, REBOOT): (I, Y, I, Y, Y),
-    (State.STARTING, REBOOT): (I, Y, I, Y, Y),
     (State.RUNNING, BUTTON): (I, Y, Y, I, Y),
     (State.REBOOTING, BUTTON): (I, Y, I, I, Y),
 }
@@ -665,6 +665,107 @@ async def test_cancelled(when: str) -> None:
             await scene.ends()
         assert scene.machine.calls[-1] == "halt"
         assert scene.machine.calls.count("halt") == 1
+
+
+# -- a stop that waits for nothing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("under_way", ["start", "pause", "reboot", "guest reset"])
+async def test_a_stop_gives_up_what_is_under_way(under_way: str) -> None:
+    """A disk that never drains holds up a pause or a reboot, and no stop; who asked for those is told."""
+    async with Scene() as scene:
+        asked: asyncio.Task[None] | None = None
+        if under_way == "start":
+            scene.machine.during["start"] = asyncio.Event().wait  # type: ignore[assignment]
+            scene.lifecycle.request(RUN)
+        else:
+            await scene.running()
+            scene.machine.during["reboot" if under_way == "guest reset" else under_way] = asyncio.Event().wait  # type: ignore[assignment]
+            if under_way == "guest reset":
+                scene.lifecycle.report(GuestEvent.RESET)
+            else:
+                asked = asyncio.create_task(scene.lifecycle.perform(PAUSE if under_way == "pause" else REBOOT))
+        await scene.rest()
+        await scene.lifecycle.perform(STOP)
+        assert (await scene.ends()).state is State.STOPPED
+        assert scene.machine.calls[-1] == "halt"
+        if asked is not None:
+            with pytest.raises(StateError, match="the VM is stopping"):
+                await asked
+
+
+async def test_a_stop_does_not_end_the_end() -> None:
+    """One that comes while the machine is halted for another reason is answered by that."""
+    async with Scene(reboot_ends=True) as scene:
+
+        async def stop() -> None:
+            scene.lifecycle.request(STOP)
+            await scene.rest()
+
+        await scene.running()
+        scene.machine.during["halt"] = stop
+        scene.lifecycle.report(GuestEvent.RESET)
+        record = await scene.ends()
+        assert (record.state, record.detail) == (State.STOPPED, "the guest rebooted")
+        assert scene.machine.calls == ["start", "halt"]
+
+
+async def test_an_expired_timeout_is_not_a_stop() -> None:
+    """A TimeoutError of the machine's own is a bug of ours, and seen as one."""
+    async with Scene() as scene:
+
+        async def late() -> None:
+            raise TimeoutError
+
+        await scene.running()
+        scene.machine.during["pause"] = late
+        scene.lifecycle.request(PAUSE)
+        with pytest.raises(TimeoutError):
+            await scene.ends()
+
+
+# -- records -----------------------------------------------------------------------------------------------------------
+
+
+async def test_records_are_told_before_they_are_waited_for() -> None:
+    """The first included; generations go on where an earlier life of the VM ended."""
+    told: list[Record] = []
+    machine = ScriptedMachine()
+    lifecycle = Lifecycle(machine, first_generation=7, on_record=told.append, is_destroyed=True)
+    assert told == [Record(7, State.CREATING)]
+    lifecycle.request(RUN)
+    task = asyncio.create_task(lifecycle.run())
+    async with asyncio.timeout(TIMEOUT):
+        assert (await lifecycle.wait_for(9)) == told[-1]
+        lifecycle.request(STOP)
+        last = await task
+    assert [record.state for record in told[-3:]] == [State.STOPPING, State.STOPPED, State.DESTROYED]
+    assert last == told[-1] == Record(12, State.DESTROYED, "stopped")
+    assert lifecycle.is_over
+    assert (await lifecycle.wait_for(99)) == last
+
+
+async def test_a_failed_vm_is_not_destroyed() -> None:
+    machine = ScriptedMachine()
+    lifecycle = Lifecycle(machine, is_destroyed=True)
+    lifecycle.report(GuestEvent.FAILURE)
+    async with asyncio.timeout(TIMEOUT):
+        assert (await lifecycle.run()).state is State.FAILED
+
+
+async def test_a_refusal_says_the_state() -> None:
+    async with Scene() as scene:
+        with pytest.raises(StateError) as caught:
+            scene.lifecycle.request(PAUSE)
+        assert caught.value.state == "Creating"
+
+
+async def test_a_panic_changes_nothing() -> None:
+    async with Scene() as scene:
+        await scene.running()
+        scene.lifecycle.report(GuestEvent.PANIC)
+        await scene.rest()
+        assert (scene.state, scene.machine.calls) == (State.RUNNING, ["start"])
 
 
 # -- waiting -----------------------------------------------------------------------------------------------------------
