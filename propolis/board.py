@@ -71,7 +71,7 @@ class Board:
     def _add_disk(
         self, vm: Vm, device: model.VirtioBlock, backend: model.Backend, keeper: DiskOpener, undo: ExitStack
     ) -> None:
-        pool = IoPool(backend.workers)
+        pool = IoPool(backend.workers or model.BLOCK_WORKERS)
         undo.callback(pool.close)
         with ExitStack() as failed:
             fd = keeper.open_disk(backend.path, read_only=backend.readonly)

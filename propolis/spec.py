@@ -22,6 +22,7 @@ HUGE_PAGE_MIB = 2
 BLOCK_SIZES = (512, 2048, 4096)
 MAX_BLOCK_QUEUES = 16
 MAX_BLOCK_WORKERS = 32
+BLOCK_WORKERS = 8
 SERIAL_BYTES = 20  # VIRTIO_BLK_ID_BYTES, virtio 1.2 §5.2.6
 MAX_NAME = 64
 MAX_CMDLINE = 65535
@@ -129,31 +130,39 @@ Device = VirtioBlock | Pvpanic
 
 
 class FileBlock(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="file"):
-    """A raw image file; with `skip_flush` a flush of the guest is answered without reaching the disk."""
+    """A raw image file; with `skip_flush` a flush of the guest is answered without reaching the disk.
+
+    `workers` is how many threads do its I/O, BLOCK_WORKERS where none is given.
+    """
 
     path: str
     readonly: bool = False
     block_size: int = 512
     skip_flush: bool = False
-    workers: int = 8
+    workers: int | None = None
 
 
 Backend = FileBlock
 
 
 class SerialPort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One of the four COM ports."""
+    """One of the four COM ports; `name` is what the API calls it, "com1" to "com4" where there is none."""
 
     number: int
+    name: str | None = None
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything needed to build one VM."""
+    """Everything needed to build one VM.
+
+    With `boot_is_default` what it boots is the server's choice, and not part of what its maker is shown.
+    """
 
     name: str
     cpus: int
     memory_mib: int
     boot: Boot
+    boot_is_default: bool = False
     memory_backing: MemoryBacking = "anonymous"
     hypervisor_interface: HypervisorInterface = "kvm"
     devices: tuple[Device, ...] = ()
@@ -267,7 +276,7 @@ def _backend_problems(name: str, backend: Backend) -> Iterator[Problem]:
     if backend.block_size not in BLOCK_SIZES:
         wanted = ", ".join(map(str, BLOCK_SIZES))
         yield Problem((*where, "block_size"), f"expected one of {wanted}, not {backend.block_size}")
-    if not 1 <= backend.workers <= MAX_BLOCK_WORKERS:
+    if backend.workers is not None and not 1 <= backend.workers <= MAX_BLOCK_WORKERS:
         yield Problem((*where, "workers"), f"expected 1 to {MAX_BLOCK_WORKERS} workers, not {backend.workers}")
 
 

@@ -66,7 +66,7 @@ class DeviceTables:
             table.wrong("readonly", "'readonly' and 'read_only' are both given: expected one of them", is_key=True)
         block_size = table.take("block_size", whole, 512)
         skip_flush = table.take("skip_flush", flag, False)
-        workers = table.take("workers", whole, 8)
+        workers = table.take("workers", whole, None)
         table.finish()
         return model.FileBlock(
             path=path,
