@@ -25,5 +25,10 @@ def main() -> int:
 
         power_off.add_arguments(parser)
         return power_off.run(parser.parse_args(words))
+    if command == "run-one":
+        from propolis import run_one  # another program: it loads what the daemon never does
+
+        run_one.add_arguments(parser)
+        return run_one.run(parser.parse_args(words))
     sys.stderr.write("propolis-server: arrives with the daemon; until then run one VM with propolis-standalone\n")
     return 2

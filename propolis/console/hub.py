@@ -83,15 +83,16 @@ class ConsoleHub:
         for client in tuple(self._clients):
             client.follow(data, before)
 
-    def attach(self, sink: Sink, start: int | None = 0) -> Client:
+    def attach(self, sink: Sink, start: int | None = 0, *, on_gap: Callable[[int], None] | None = None) -> Client:
         """Send `sink` the output from offset `start` on, and all that follows; only what follows where it is None.
 
-        The first byte is sent once the loop runs again: by then the sink knows its peer and can pause it.
+        The first byte is sent once the loop runs again: by then the sink knows its peer and can pause it. Where output
+        is no longer kept, `on_gap` is given the offset at which it goes on; without it a note is written in its place.
         """
         if self._is_closing:
             raise StateError("attach to the console: it is closed")
         end = self.history.total_bytes
-        client = Client(self, sink, end if start is None else min(start, end))
+        client = Client(self, sink, end if start is None else min(start, end), on_gap)
         self._clients[client] = None
         if self._input_is_paused:
             sink.pause_input()
@@ -163,10 +164,11 @@ class ConsoleHub:
 class Client:
     """A sink's place in the output of a hub; what the sink holds as its peer."""
 
-    def __init__(self, hub: ConsoleHub, sink: Sink, offset: int) -> None:
+    def __init__(self, hub: ConsoleHub, sink: Sink, offset: int, on_gap: Callable[[int], None] | None) -> None:
         self.sink = sink
         self._hub = hub
         self._offset = offset
+        self._on_gap = on_gap
         self._is_paused = False
         self._is_attached = True
         self._turn: asyncio.Handle | None = None
@@ -228,6 +230,10 @@ class Client:
             try:
                 data, after = self._hub.history.read(from_start=self._offset)
             except GapError as gap:
+                if self._on_gap is not None:
+                    self._offset = gap.resumes_at
+                    self._on_gap(gap.resumes_at)
+                    continue
                 lost = gap.resumes_at - self._offset
                 data, after = f"\r\n[{lost} bytes of console output are no longer kept]\r\n".encode(), gap.resumes_at
             self._offset = after

@@ -1,0 +1,328 @@
+"""A VM as Propolis API 5.0.0 describes it becomes a propolis.spec.Spec, and back."""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING
+
+from propolis import spec as model
+from propolis.errors import FieldError
+from propolis.http import v5
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable, Iterator
+
+SPEC_AT = "/init/value/spec"
+NAME_AT = "/properties/name"
+_NOBODY = uuid.UUID(int=0)
+
+_UNAVAILABLE = {
+    v5.NvmeDiskComponent: "nvme_disk",
+    v5.VirtioNicComponent: "virtio_nic",
+    v5.PciPciBridgeComponent: "pci_pci_bridge",
+    v5.BootSettingsComponent: "boot_settings",
+    v5.VirtioSocketComponent: "virtio_socket",
+    v5.SoftNpuPciPortComponent: "soft_npu_pci_port",
+    v5.SoftNpuPortComponent: "soft_npu_port",
+    v5.SoftNpuP9Component: "soft_npu_p9",
+    v5.P9fsComponent: "p9fs",
+    v5.MigrationFailureInjectorComponent: "migration_failure_injector",
+    v5.CrucibleStorageBackendComponent: "crucible_storage_backend",
+    v5.BlobStorageBackendComponent: "blob_storage_backend",
+    v5.VirtioNetworkBackendComponent: "virtio_network_backend",
+    v5.DlpiNetworkBackendComponent: "dlpi_network_backend",
+}
+_PORTS = {
+    v5.SerialPortNumber.COM1: 1,
+    v5.SerialPortNumber.COM2: 2,
+    v5.SerialPortNumber.COM3: 3,
+    v5.SerialPortNumber.COM4: 4,
+}
+_PORT_NUMBERS = {number: port for port, number in _PORTS.items()}
+_BOARD_FIELDS = {"cpus": "board/cpus", "memory_mib": "board/memory_mb"}
+_DEVICE_FIELDS = {"backend": "component/backend_id", "pci_path": "component/pci_path"}
+
+
+def properties_of(name: str, identity: uuid.UUID, description: str = "") -> v5.InstanceProperties:
+    """The properties of a VM that was not made by a request that has some."""
+    metadata = v5.InstanceMetadata(
+        silo_id=_NOBODY, project_id=_NOBODY, sled_id=_NOBODY, sled_serial="", sled_revision=0, sled_model=""
+    )
+    return v5.InstanceProperties(id=identity, name=name, description=description, metadata=metadata)
+
+
+def key(text: str) -> str:
+    """How a SpecKey is compared: one that reads as a UUID is that UUID, however it is written."""
+    if len(text) in (32, 36, 38, 45):
+        try:
+            return str(uuid.UUID(text))
+        except ValueError:
+            pass
+    return text
+
+
+def pointer(*parts: str | int) -> str:
+    """A JSON pointer, RFC 6901."""
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
+
+
+def no_migration() -> FieldError:
+    """What a request for the target of a migration is told."""
+    return FieldError([("/init/method", "MigrationTarget is not available in this version")])
+
+
+def to_spec(
+    wire: v5.InstanceSpec,
+    name: str,
+    *,
+    default_boot: model.Boot | None = None,
+    at: str = SPEC_AT,
+    name_at: str = NAME_AT,
+) -> model.Spec:
+    """The VM called `name`. Raises FieldError with everything wrong, each by its pointer.
+
+    `default_boot` is what a VM boots that does not say so itself; `at` and `name_at` are where the two came from.
+    """
+    return _Reader(wire, at, name_at).spec(name, default_boot)
+
+
+def from_spec(spec: model.Spec) -> v5.InstanceSpec:
+    """What `to_spec` makes this of; names that a device and its backend share become two."""
+    return _Writer(spec).wire()
+
+
+class _Reader:
+    def __init__(self, wire: v5.InstanceSpec, at: str, name_at: str) -> None:
+        self._wire = wire
+        self._more = wire.extensions or v5.Extensions()
+        self._at = at
+        self._name_at = name_at
+        self._problems: list[tuple[str, str]] = []
+        self._devices: list[tuple[str, model.Device]] = []  # with the key of the component
+        self._ports: list[tuple[str, model.SerialPort]] = []
+        self._backends: dict[str, model.Backend] = {}
+        self._keys: dict[str, str] = {}  # canonical: as it was written
+
+    def spec(self, name: str, default_boot: model.Boot | None) -> model.Spec:
+        self._board()
+        for written, component in self._wire.components.items():
+            self._component(written, component)
+        for field, entries, kinds in (
+            ("disks", self._more.disks, {name for name, device in self._named_disks()}),
+            ("files", self._more.files, self._backends),
+        ):
+            self._leftovers(field, entries, kinds)
+        boot = self._boot() or default_boot
+        if boot is None:
+            self._wrong("expected what the VM boots, as this server has no default", "extensions", "boot")
+            boot = model.FirmwareBoot(bootrom="?")
+        elif isinstance(boot, model.FirmwareBoot):
+            self._wrong("this version only boots a kernel directly", "extensions", "boot")
+        try:
+            spec = self._make(name, boot)
+        except model.SpecError as error:
+            for problem in error.problems:
+                self._problems.append((self._place(problem.where), problem.message))
+        if self._problems:
+            raise FieldError(self._problems)
+        return spec
+
+    def _make(self, name: str, boot: model.Boot) -> model.Spec:
+        return model.Spec(
+            name=name,
+            cpus=self._wire.board.cpus,
+            memory_mib=self._wire.board.memory_mb,
+            boot=boot,
+            boot_is_default=self._more.boot is None,
+            memory_backing=self._more.memory_backing,
+            hypervisor_interface=self._hypervisor_interface(),
+            devices=tuple(device for _, device in self._devices),
+            backends=self._backends,
+            serial_ports=tuple(port for _, port in self._ports),
+            exit_on_halt=self._more.exit_on_halt,
+            exit_on_reboot=self._more.exit_on_reboot,
+        )
+
+    def _named_disks(self) -> Iterator[tuple[str, model.Device]]:
+        return ((device.name, device) for _, device in self._devices if isinstance(device, model.VirtioBlock))
+
+    def _wrong(self, message: str, *parts: str | int) -> None:
+        self._problems.append((self._at + pointer(*parts), message))
+
+    def _board(self) -> None:
+        board = self._wire.board
+        if board.chipset.value.enable_pcie:
+            self._wrong("PCI Express is not available in this version", "board", "chipset", "value", "enable_pcie")
+        if isinstance(board.guest_hv_interface, v5.HyperVInterface):
+            self._wrong("hyper_v is not available in this version", "board", "guest_hv_interface", "type")
+        elif board.guest_hv_interface is not None and self._more.hypervisor_interface is not None:
+            self._wrong("board.guest_hv_interface says otherwise", "extensions", "hypervisor_interface")
+        if board.cpuid is not None:
+            self._wrong("a CPUID of one's own is not available in this version", "board", "cpuid")
+        if self._wire.smbios is not None:
+            self._wrong("SMBIOS tables are not available in this version", "smbios")
+
+    def _hypervisor_interface(self) -> model.HypervisorInterface:
+        if self._more.hypervisor_interface is not None:
+            return self._more.hypervisor_interface
+        return "kvm" if self._wire.board.guest_hv_interface is None else "bhyve"
+
+    def _component(self, written: str, component: v5.Component) -> None:
+        name = key(written)
+        if self._keys.setdefault(name, written) != written:
+            self._wrong(f"is the same UUID as {self._keys[name]!r}", "components", written)
+        elif isinstance(component, v5.VirtioDiskComponent):
+            self._devices.append((written, self._disk(name, component.component)))
+        elif isinstance(component, v5.QemuPvpanicComponent):
+            panic = model.Pvpanic(name=name, enable_isa=component.component.enable_isa)
+            self._devices.append((written, panic))
+        elif isinstance(component, v5.SerialPortComponent):
+            number = _PORTS[component.component.num]
+            named = None if name == component.component.num.value else name
+            self._ports.append((written, model.SerialPort(number=number, name=named)))
+        elif isinstance(component, v5.FileStorageBackendComponent):
+            self._backends[name] = self._file(name, component.component)
+        else:
+            self._wrong(f"{_UNAVAILABLE[type(component)]} is not available in this version", "components", written)
+
+    def _disk(self, name: str, disk: v5.VirtioDisk) -> model.VirtioBlock:
+        more = next((more for other, more in self._more.disks.items() if key(other) == name), v5.DiskExtension())
+        path = disk.pci_path
+        return model.VirtioBlock(
+            name=name,
+            backend=key(disk.backend_id),
+            pci_path=model.PciPath(path.bus, path.device, path.function),
+            queues=more.queues,
+            serial=more.serial,
+        )
+
+    def _file(self, name: str, file: v5.FileStorageBackend) -> model.FileBlock:
+        more = next((more for other, more in self._more.files.items() if key(other) == name), v5.FileExtension())
+        return model.FileBlock(
+            path=file.path,
+            readonly=file.readonly,
+            block_size=file.block_size,
+            skip_flush=more.skip_flush,
+            workers=file.workers,
+        )
+
+    def _leftovers(self, field: str, entries: Iterable[str], known: Container[str]) -> None:
+        for written in entries:
+            if key(written) not in known:
+                kind = "virtio_disk" if field == "disks" else "file_storage_backend"
+                self._wrong(f"there is no {kind} {written!r}", "extensions", field, written)
+
+    def _boot(self) -> model.Boot | None:
+        boot = self._more.boot
+        if isinstance(boot, v5.DirectBoot):
+            return model.DirectBoot(kernel=boot.kernel, initrd=boot.initrd, cmdline=boot.cmdline)
+        return None if boot is None else model.FirmwareBoot(bootrom=boot.bootrom)
+
+    def _place(self, where: tuple[str | int, ...]) -> str:
+        """Where in the request a field of the Spec came from."""
+        first, *rest = where
+        if first == "name":
+            return self._name_at
+        if first in _BOARD_FIELDS:
+            return f"{self._at}/{_BOARD_FIELDS[str(first)]}"
+        if first == "devices":
+            written, _ = self._devices[int(rest[0])]
+            field = str(rest[1]) if len(rest) > 1 else "name"
+            if field in ("queues", "serial"):
+                return self._at + pointer("extensions", "disks", written, field)
+            below = _DEVICE_FIELDS.get(field)
+            return self._at + pointer("components", written) + (f"/{below}" if below else "")
+        if first == "serial_ports":
+            return self._at + pointer("components", self._ports[int(rest[0])][0], "component", "num")
+        if first == "backends":
+            below = pointer("component", *rest[1:]) if len(rest) > 1 else ""
+            return self._at + pointer("components", self._keys[str(rest[0])]) + below
+        return self._at + pointer("extensions", *where)
+
+
+class _Writer:
+    def __init__(self, spec: model.Spec) -> None:
+        self._spec = spec
+        self._components: dict[str, v5.Component] = {}
+        self._disks: dict[str, v5.DiskExtension] = {}
+        self._files: dict[str, v5.FileExtension] = {}
+
+    def wire(self) -> v5.InstanceSpec:
+        spec = self._spec
+        taken = {device.name for device in spec.devices}
+        names = {}  # of the backends, in the API's one space of names
+        for name in spec.backends:
+            names[name] = _free(name, f"{name}-backend", taken)
+            taken.add(names[name])
+        for device in spec.devices:
+            self._device(device, names)
+        for name, backend in spec.backends.items():
+            self._file(names[name], backend)
+        for port in spec.serial_ports:
+            number = _PORT_NUMBERS[port.number]
+            name = _free(port.name or number.value, f"serial-{number.value}", taken)
+            taken.add(name)
+            self._components[name] = v5.SerialPortComponent(component=v5.SerialPort(num=number))
+        more = self._extensions()
+        return v5.InstanceSpec(
+            board=v5.Board(
+                cpus=spec.cpus,
+                memory_mb=spec.memory_mib,
+                chipset=v5.I440FxChipset(value=v5.I440Fx(enable_pcie=False)),
+                guest_hv_interface=v5.BhyveInterface() if spec.hypervisor_interface == "bhyve" else None,
+            ),
+            components=self._components,
+            extensions=None if more == v5.Extensions() else more,
+        )
+
+    def _device(self, device: model.Device, backends: dict[str, str]) -> None:
+        if isinstance(device, model.Pvpanic):
+            panic = v5.QemuPvpanic(enable_isa=device.enable_isa)
+            self._components[device.name] = v5.QemuPvpanicComponent(component=panic)
+            return
+        path = device.pci_path
+        disk = v5.VirtioDisk(
+            backend_id=backends[device.backend],
+            pci_path=v5.PciPath(bus=path.bus, device=path.device, function=path.function),
+        )
+        self._components[device.name] = v5.VirtioDiskComponent(component=disk)
+        more = v5.DiskExtension(queues=device.queues, serial=device.serial)
+        if more != v5.DiskExtension():
+            self._disks[device.name] = more
+
+    def _file(self, name: str, backend: model.FileBlock) -> None:
+        file = v5.FileStorageBackend(
+            block_size=backend.block_size, path=backend.path, readonly=backend.readonly, workers=backend.workers
+        )
+        self._components[name] = v5.FileStorageBackendComponent(component=file)
+        if backend.skip_flush:
+            self._files[name] = v5.FileExtension(skip_flush=True)
+
+    def _extensions(self) -> v5.Extensions:
+        spec = self._spec
+        boot: v5.DirectBoot | v5.FirmwareBoot | None = None
+        if isinstance(spec.boot, model.DirectBoot):
+            boot = v5.DirectBoot(kernel=spec.boot.kernel, initrd=spec.boot.initrd, cmdline=spec.boot.cmdline)
+        else:
+            boot = v5.FirmwareBoot(bootrom=spec.boot.bootrom)
+        return v5.Extensions(
+            boot=None if spec.boot_is_default else boot,
+            hypervisor_interface="none" if spec.hypervisor_interface == "none" else None,
+            memory_backing=spec.memory_backing,
+            disks=self._disks,
+            files=self._files,
+            exit_on_halt=spec.exit_on_halt,
+            exit_on_reboot=spec.exit_on_reboot,
+        )
+
+
+def _free(name: str, other: str, taken: set[str]) -> str:
+    """`name` if it is still free, else `other`, with a number where that is taken too."""
+    if name not in taken:
+        return name
+    number = 2
+    candidate = other
+    while candidate in taken:
+        candidate = f"{other}-{number}"
+        number += 1
+    return candidate
