@@ -15,6 +15,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog=f"propolis-server {command}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    if command == "doctor":
+        from propolis import doctor
+
+        doctor.add_arguments(parser)
+        return doctor.run(parser.parse_args(words))
     if command == "install-service":
         from propolis import install_service
 

@@ -15,6 +15,7 @@ ARROWS: dict[str, set[str]] = {
     # entry points
     "cli": {"http.client", "spec", "errors"},
     "daemon": {
+        "doctor",
         "install_service",
         "power_off",
         "cgroup",
@@ -38,6 +39,10 @@ ARROWS: dict[str, set[str]] = {
         "errors",
     },
     "store": {"spec", "errors"},
+    "doctor": {"config", "jail", "kvm_probe", "errors"},
+    "kvm_probe": set(),
+    "logs": set(),
+    "service_manager": set(),
     "entry": {"standalone"},
     "standalone": {"standalone_config", "machine", "lifecycle", "keeper", "console", "names", "spec", "errors"},
     "worker": {"machine", "lifecycle", "http.app", "config", "jail", "console", "keeper", "errors"},
