@@ -116,7 +116,7 @@ def running(shared: Path, *files: tuple[str, str]) -> Iterator[Host]:
         command = ["sh", "-c", join, "sh", *flags, "sh", "-c", script, "sh", top, str(shared), *bound]
         with subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL) as outside:
             try:
-                yield _booted(outside, shared / "log", 30)
+                yield _booted(outside, shared / "log", 90)
             finally:
                 outside.kill()  # the kernel then kills its child, process 1, and with that one all others
 

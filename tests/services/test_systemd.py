@@ -10,7 +10,7 @@ from propolis.install_service import Manager, files
 from tests.services import host
 from tests.source.tree import TREE
 
-pytestmark = [pytest.mark.program, pytest.mark.slow]
+pytestmark = [pytest.mark.program, pytest.mark.slow, pytest.mark.timeout(300)]
 
 SERVER = "/usr/local/bin/propolis-server"
 REPORTS = "/propolis-reports"
@@ -73,7 +73,9 @@ def test_vms_outlive_the_daemon_and_go_off_before_the_host(tmp_path: Path) -> No
         assert vm_lives()
 
         # Nor does what happens to the process that keeps the group.
-        machine.call("kill", "-KILL", machine.show("propolis-vms", "MainPID"))
+        holder = machine.show("propolis-vms", "MainPID")
+        assert int(holder) > 1
+        machine.call("kill", "-KILL", holder)
         machine.call("systemctl", "restart", "propolis-server")
         assert vm_lives()
         assert machine.show("propolis-vms", "ActiveState") == "active"
