@@ -11,7 +11,7 @@ from typing import Any, Generic, Self, TypeVar
 
 import msgspec
 
-from propolis._vmm import GuestMemory
+from propolis._memory import GuestMemory
 from propolis.hypervisor._kvm import KvmVcpu, KvmVm
 from propolis.hypervisor._replay import ReplayVcpu, ReplayVm
 from propolis.hypervisor.cpuid import Interface, machine_cpuid, vcpu_cpuid

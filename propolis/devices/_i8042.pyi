@@ -1,4 +1,5 @@
-from propolis._vmm import Region, Vm
+from propolis._bus import Region
+from propolis._vmm import Vm
 
 class Controller:
     def __init__(self, vm: Vm, slot: int) -> None: ...

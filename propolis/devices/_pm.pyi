@@ -1,4 +1,5 @@
-from propolis._vmm import Region, Vm
+from propolis._bus import Region
+from propolis._vmm import Vm
 from propolis.devices._timer import Timer
 
 EJECTED: int

@@ -14,7 +14,9 @@ from propolis._posix cimport (
     pthread_mutex_t,
     pthread_mutex_unlock,
 )
-from propolis._vmm cimport IrqLine, Region, Vm
+from propolis._bus cimport Region
+from propolis._interrupts cimport IrqLine
+from propolis._vmm cimport Vm
 from propolis.devices._power cimport POWER_OFF
 from propolis.devices._timer cimport Timer, monotonic_ns
 

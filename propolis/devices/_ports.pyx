@@ -10,7 +10,8 @@ from propolis._posix cimport (
     pthread_mutex_t,
     pthread_mutex_unlock,
 )
-from propolis._vmm cimport Region, Vm
+from propolis._bus cimport Region
+from propolis._vmm cimport Vm
 from propolis.devices._power cimport POWER_CRASH_LOADED, POWER_PANICKED, POWER_RESET
 from propolis.devices._ring cimport ByteRing
 

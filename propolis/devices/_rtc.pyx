@@ -15,7 +15,9 @@ from propolis._posix cimport (
     pthread_mutex_t,
     pthread_mutex_unlock,
 )
-from propolis._vmm cimport IrqLine, Region, Vm
+from propolis._bus cimport Region
+from propolis._interrupts cimport IrqLine
+from propolis._vmm cimport Vm
 from propolis.devices._calendar cimport Date, date_of, seconds_of
 from propolis.devices._timer cimport Timer, monotonic_ns, realtime_ns
 

@@ -1,6 +1,7 @@
 from typing_extensions import Buffer
 
-from propolis._vmm import Region, Vm
+from propolis._bus import Region
+from propolis._vmm import Vm
 
 OUTPUT: int
 INPUT_ROOM: int

@@ -18,16 +18,7 @@ from propolis._posix cimport (
     pthread_mutex_t,
     pthread_mutex_unlock,
 )
-from propolis._vmm cimport (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_MMIO,
-    EXIT_PIO,
-    EXIT_RETRY,
-    EXIT_SHUTDOWN,
-    Vcpu,
-    Vm,
-)
+from propolis._vmm cimport EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MMIO, EXIT_PIO, EXIT_RETRY, EXIT_SHUTDOWN, Vcpu, Vm
 from propolis.hypervisor cimport kvm
 
 from propolis.errors import GuestMemoryError, HypervisorError

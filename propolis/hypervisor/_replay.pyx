@@ -22,16 +22,7 @@ from propolis._posix cimport (
     pthread_mutex_t,
     pthread_mutex_unlock,
 )
-from propolis._vmm cimport (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_MMIO,
-    EXIT_PIO,
-    EXIT_RETRY,
-    EXIT_SHUTDOWN,
-    Vcpu,
-    Vm,
-)
+from propolis._vmm cimport EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MMIO, EXIT_PIO, EXIT_RETRY, EXIT_SHUTDOWN, Vcpu, Vm
 
 from propolis.errors import HypervisorError
 from propolis.hypervisor.state import real_mode_registers

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from propolis._vmm import Doorbell
+from propolis._interrupts import Doorbell
 from propolis.devices.pci._msix import Msix
 from tests import rig
 from tests.bench.report import show

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from propolis._vmm import Bus, Doorbell, Region, Window
+from propolis._bus import Bus, Region, Window
+from propolis._interrupts import Doorbell
 from propolis.devices.pci._msix import Msix
 from propolis.errors import HypervisorError
 from propolis.hypervisor._replay import ReplayVm

@@ -7,7 +7,8 @@ import select
 
 import pytest
 
-from propolis._vmm import Doorbell, Window
+from propolis._bus import Window
+from propolis._interrupts import Doorbell
 from propolis.devices.pci._msix import Msix
 from propolis.errors import HypervisorError
 from propolis.hypervisor._kvm import KvmVcpu, KvmVm

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from propolis._vmm import IrqLine, MsiVector
+from propolis._interrupts import IrqLine, MsiVector
 from propolis.errors import HypervisorError
 from propolis.hypervisor.state import DescriptorTable
 from tests import rig

@@ -2,7 +2,7 @@
 
 import pytest
 
-from propolis._vmm import Doorbell
+from propolis._interrupts import Doorbell
 from propolis.hypervisor._kvm import KvmVcpu, KvmVm
 from propolis.hypervisor.cpuid import HYPERVISOR, SVM, VMX, Interface, machine_cpuid, vcpu_cpuid
 from tests import rig

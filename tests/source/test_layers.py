@@ -111,14 +111,18 @@ ARROWS: dict[str, set[str]] = {
     "threads": set(),
     "lifecycle": {"errors"},  # drives whatever machine it is given
     # the machine's parts
-    "devices": {"_vmm", "_posix", "_atomic", "spec", "backends", "errors"},
-    "firmware": {"_vmm", "hypervisor.state", "spec", "errors"},
+    "devices": {"_interrupts", "_vmm", "_memory", "_bus", "_posix", "_atomic", "spec", "backends", "errors"},
+    "firmware": {"_memory", "hypervisor.state", "spec", "errors"},
     "hypervisor": {"hypervisor.state", "_vmm", "_posix", "_atomic", "errors"},
     "hypervisor.state": {"errors"},
     "backends": {"_vmm", "_posix", "_atomic", "threads", "errors"},
     "unix_name": {"errors"},
     "console": {"unix_name", "mapped_file", "errors"},
-    "_vmm": {"_posix", "_atomic", "errors"},
+    "_interrupts": {"_vmm", "_bus", "_posix", "_atomic", "errors"},
+    "_vmm": {"_memory", "_bus", "_mailbox", "_posix", "_atomic", "errors"},
+    "_memory": {"_posix", "_atomic", "errors"},
+    "_bus": {"_posix", "_atomic", "errors"},
+    "_mailbox": {"_posix", "_atomic", "errors"},
     "_posix": set(),
     "_atomic": set(),
     # reading what the user wrote

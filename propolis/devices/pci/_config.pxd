@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from propolis._vmm cimport Region
+from propolis._bus cimport Region
 from propolis.devices.pci._function cimport PciFunction
 
 cdef class ConfigPorts(Region):

@@ -1,4 +1,4 @@
-from propolis._vmm import Region
+from propolis._bus import Region
 from propolis.devices.pci._function import PciFunction
 
 class ConfigPorts(Region):

@@ -3,7 +3,9 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from propolis._posix cimport pthread_mutex_t
-from propolis._vmm cimport Bus, IrqLine, Region, Vm
+from propolis._bus cimport Bus, Region
+from propolis._interrupts cimport IrqLine
+from propolis._vmm cimport Vm
 from propolis.devices.pci._msix cimport Msix
 
 cdef enum BarKind:

@@ -1,4 +1,6 @@
-from propolis._vmm import IrqLine, Region, Vm
+from propolis._bus import Region
+from propolis._interrupts import IrqLine
+from propolis._vmm import Vm
 from propolis.devices.pci._msix import Msix
 
 BAR_KINDS: dict[str, int]

@@ -3,7 +3,8 @@
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from propolis._posix cimport pthread_mutex_t
-from propolis._vmm cimport MsiVector, Region
+from propolis._bus cimport Region
+from propolis._interrupts cimport MsiVector
 
 cdef enum:
     MAX_VECTORS = 2048       # the size field has 11 bits

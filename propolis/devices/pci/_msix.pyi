@@ -1,6 +1,7 @@
 from typing import Self
 
-from propolis._vmm import Region, Vm
+from propolis._bus import Region
+from propolis._vmm import Vm
 
 class MsixTable(Region):
     def __init__(self, msix: Msix) -> None: ...

@@ -1,4 +1,5 @@
-from propolis._vmm import IrqLine, Vm
+from propolis._interrupts import IrqLine
+from propolis._vmm import Vm
 from propolis.devices.pci._function import PciFunction
 
 class PirqRouter:

@@ -7,7 +7,8 @@ Bit 7 set: the link is not routed; otherwise bits 3:0 name the interrupt, of whi
 from libc.string cimport memcpy
 
 from propolis._posix cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
-from propolis._vmm cimport IrqLine, Vm
+from propolis._interrupts cimport IrqLine
+from propolis._vmm cimport Vm
 
 cdef enum:
     PIRQ_REGISTERS = 0x60

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from propolis._vmm import Region, Vm
+from propolis._bus import Region
+from propolis._vmm import Vm
 from propolis.devices.pci._config import ConfigPorts
 from propolis.devices.pci._function import PciFunction
 from propolis.devices.pci._pirq import PirqRouter

@@ -4,7 +4,8 @@ Identities are those of the machine that Propolis presents; registers beyond the
 probe. The power management block itself is in `propolis.devices.pm`: its base addresses here are fixed.
 """
 
-from propolis._vmm import Region, Vm
+from propolis._bus import Region
+from propolis._vmm import Vm
 from propolis.devices.pci._function import PciFunction
 from propolis.devices.pci._pirq import IsaBridge
 from propolis.devices.pci.bus import PciBus, Windows

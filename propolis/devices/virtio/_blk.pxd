@@ -3,7 +3,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from posix.uio cimport iovec
 
-from propolis._vmm cimport GuestMemory
+from propolis._memory cimport GuestMemory
 from propolis.backends.block._engine cimport Engine, Io
 from propolis.devices.virtio._queue cimport Chain, Queue
 

@@ -6,12 +6,12 @@ Locks, in the order they are taken: register_lock, isr_lock, then those of the P
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from propolis._posix cimport pthread_mutex_t
-from propolis._vmm cimport Region, Window
+from propolis._bus cimport Region, Window
 from propolis.devices.pci._function cimport PciFunction
 from propolis.devices.virtio._queue cimport Notifier
 
 cdef enum:
-    MAX_QUEUES = 16          # doorbells share their window with three other parts: _vmm.MAX_PARTS
+    MAX_QUEUES = 16          # doorbells share their window with three other parts: _bus.MAX_PARTS
     CONFIG_SPACE = 256
 
 cdef enum TransportEvent:

@@ -1,6 +1,8 @@
 from collections.abc import Callable
 
-from propolis._vmm import Doorbell, Region, Vm
+from propolis._bus import Region
+from propolis._interrupts import Doorbell
+from propolis._vmm import Vm
 from propolis.devices.pci._function import PciFunction
 from propolis.devices.virtio._queue import Notifier, Queue
 

@@ -10,7 +10,8 @@ from libc.string cimport memcpy, memset
 
 from propolis._atomic cimport ld16_rlx, ld32_rlx, st16_rlx, st32_rlx
 from propolis._posix cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
-from propolis._vmm cimport Doorbell, Vm
+from propolis._interrupts cimport Doorbell
+from propolis._vmm cimport Vm
 from propolis.devices.pci._msix cimport NO_VECTOR
 from propolis.devices.virtio._queue cimport Queue
 

@@ -7,7 +7,7 @@ thread only. Everything the guest wrote is loaded once, checked, and used from t
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from posix.uio cimport iovec
 
-from propolis._vmm cimport GuestMemory
+from propolis._memory cimport GuestMemory
 
 cdef enum:
     MAX_QUEUE_SIZE = 1024

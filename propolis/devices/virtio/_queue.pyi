@@ -1,6 +1,6 @@
 from typing import Self
 
-from propolis._vmm import GuestMemory
+from propolis._memory import GuestMemory
 
 ERRORS: tuple[str, ...]
 

@@ -19,7 +19,7 @@ from propolis._atomic cimport (
     st16_rlx,
     st32_rlx,
 )
-from propolis._vmm cimport ACCESS_READ, ACCESS_WRITE
+from propolis._memory cimport ACCESS_READ, ACCESS_WRITE
 
 cdef enum:
     # §2.7.5, §2.7.6, §2.7.8

@@ -3,7 +3,7 @@
 import threading
 import time
 
-from propolis._vmm import Doorbell
+from propolis._interrupts import Doorbell
 from propolis.devices.pci._function import PciFunction
 from propolis.devices.pci.chipset import Chipset
 from propolis.hypervisor._replay import ReplayVcpu, ReplayVm

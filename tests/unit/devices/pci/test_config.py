@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from propolis._vmm import Doorbell, Window
+from propolis._bus import Window
+from propolis._interrupts import Doorbell
 from propolis.devices.pci._function import PciFunction
 from propolis.devices.pci.bus import Windows
 from propolis.devices.pci.chipset import Chipset

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from propolis._vmm import Window
+from propolis._bus import Window
 from propolis.devices.pci._function import PciFunction
 from propolis.devices.pci._msix import Msix
 from propolis.devices.pci.bus import PciBus

@@ -8,7 +8,8 @@ import threading
 
 import pytest
 
-from propolis._vmm import Doorbell, IrqLine, MsiVector, Window
+from propolis._bus import Window
+from propolis._interrupts import Doorbell, IrqLine, MsiVector
 from propolis.hypervisor._replay import ReplayVm
 from tests import rig
 

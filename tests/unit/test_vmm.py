@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from propolis._vmm import Doorbell
+from propolis._interrupts import Doorbell
 from propolis.devices.pci._msix import Msix
 from propolis.errors import HypervisorError
 from propolis.hypervisor import VCPU_NAMES, VM_NAMES, create_vcpu, open_vm

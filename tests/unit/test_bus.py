@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from propolis._vmm import Bus, Doorbell, Region, Window
+from propolis._bus import Bus, Region, Window
+from propolis._interrupts import Doorbell
 from propolis.devices.pci._config import ConfigPorts
 from propolis.devices.pci._function import PciFunction
 from propolis.devices.pci._msix import Msix

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from propolis._vmm import GuestMemory
+from propolis._memory import GuestMemory
 from propolis.errors import GuestMemoryError
 
 PAGE = 4096
@@ -259,7 +259,7 @@ def test_regions_with_each_their_pages(memory: GuestMemory) -> None:
 
 TOUCH = """
 import ctypes, resource, sys
-from propolis._vmm import GuestMemory
+from propolis._memory import GuestMemory
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 memory = GuestMemory()
 memory.add(0x10000, 0x200000, sys.argv[1])
@@ -297,7 +297,7 @@ def test_a_forked_child_does_not_see_guest_memory() -> None:
     """A helper that a VMM forks must not hold the guest's secrets."""
     code = """
 import ctypes, os, resource
-from propolis._vmm import GuestMemory
+from propolis._memory import GuestMemory
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 memory = GuestMemory()
 memory.add(0, 0x1000)
