@@ -79,7 +79,8 @@ async def test_a_guest_that_panics_without_end_is_logged_once(tmp_path: Path, ca
             for _ in range(50):
                 machine.vm.pio.write(PVPANIC, 1, 1)
                 await machine.pause()
-            assert len(caplog.records) == len(events) == lives
+            told = [record for record in caplog.records if record.name != "asyncio"]  # which tells of slow hosts
+            assert len(told) == len(events) == lives
             await machine.reboot()
     assert events == [GuestEvent.PANIC] * 2
 
