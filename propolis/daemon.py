@@ -30,6 +30,13 @@ def main() -> int:
 
         power_off.add_arguments(parser)
         return power_off.run(parser.parse_args(words))
+    if command == "open-api":
+        from propolis.http import openapi
+
+        parser.description = "Print the API as an OpenAPI document."
+        parser.parse_args(words)
+        sys.stdout.write(openapi.text())
+        return 0
     if command == "run-one":
         from propolis import run_one  # another program: it loads what the daemon never does
 

@@ -63,6 +63,8 @@ async def body(request: web.Request, content_type: str = JSON) -> bytes:
 
 async def decode(request: web.Request, kind: type[T]) -> T:
     """The body as a `kind`."""
+    if not request.body_exists:
+        raise BodyError("there is no body")
     return decode_bytes(await body(request), kind)
 
 

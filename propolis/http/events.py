@@ -14,7 +14,7 @@ import msgspec
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from propolis.errors import FieldError
-from propolis.http import codec, v5
+from propolis.http import codec, ours
 from propolis.http.slot import ShutdownError, slot
 
 if TYPE_CHECKING:
@@ -29,18 +29,6 @@ PATIENCE = 30.0  # seconds for a watcher to take an event
 CLOSE_PATIENCE = 1.0
 
 
-class EventsRequest(v5.Wire, frozen=True):
-    """A query: from the event after this one on; without it, those from now on."""
-
-    after: v5.U64 | None = None
-
-
-class Gap(v5.Reply, frozen=True):
-    """Events before the next one are no longer kept."""
-
-    kind: str = "gap"
-
-
 @routes.get("/instance/events")
 async def stream(request: web.Request) -> web.StreamResponse:
     log = slot(request).vm.events
@@ -52,7 +40,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
 
 
 def _after(request: web.Request) -> int | None:
-    wanted = codec.query(request, EventsRequest).after
+    wanted = codec.query(request, ours.EventsRequest).after
     header = request.headers.get("Last-Event-ID")
     if wanted is None and header:
         if not (header.isascii() and header.isdigit() and len(header) < 20):
@@ -83,7 +71,7 @@ async def _websocket(request: web.Request, log: EventLog, after: int) -> web.Str
     await socket.prepare(request)
 
     async def send(event: Event | None) -> None:
-        await socket.send_str(msgspec.json.encode(event if event is not None else Gap()).decode())
+        await socket.send_str(msgspec.json.encode(event if event is not None else ours.Gap()).decode())
 
     async def keep_alive() -> None:
         await socket.ping()

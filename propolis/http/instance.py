@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from typing import Annotated
 
 from aiohttp import web
-from msgspec import Meta
 
 from propolis.errors import FieldError, ForbiddenStateError, NotFoundError, StateError, UnreachableGenerationError
-from propolis.http import codec, v5
+from propolis.http import codec, ours, v5
 from propolis.http.slot import slot, wire_state
 from propolis.http.v5_spec import from_spec
 from propolis.lifecycle import Request, State
@@ -21,12 +19,6 @@ _REQUESTS = {
     v5.InstanceStateRequested.STOP: Request.STOP,
     v5.InstanceStateRequested.REBOOT: Request.REBOOT,
 }
-
-
-class ShutdownRequest(v5.Wire, frozen=True):
-    """How long a guest has, after its power button was pressed, until it is stopped; for ever without."""
-
-    deadline_seconds: Annotated[float, Meta(ge=0, le=86400 * 7)] | None = None
 
 
 @routes.put("/instance")
@@ -74,9 +66,8 @@ async def put_state(request: web.Request) -> web.Response:
 
 @routes.get("/instance/state-monitor")
 async def monitor_state(request: web.Request) -> web.Response:
-    if request.query or not request.body_exists:
-        wanted = codec.query(request, v5.InstanceStateMonitorRequest).gen
-    else:
+    wanted = codec.query(request, v5.InstanceStateMonitorQuery).gen
+    if wanted is None:
         wanted = (await codec.decode(request, v5.InstanceStateMonitorRequest)).gen
     here = slot(request)
     async with here.until_shutdown():
@@ -136,7 +127,7 @@ async def stop(request: web.Request) -> web.Response:
 
 @routes.put("/instance/shutdown")
 async def shutdown(request: web.Request) -> web.Response:
-    wanted = await codec.decode(request, ShutdownRequest) if request.body_exists else ShutdownRequest()
+    wanted = await codec.decode(request, ours.ShutdownRequest) if request.body_exists else ours.ShutdownRequest()
     slot(request).active.shutdown(wanted.deadline_seconds)
     return codec.no_content()
 

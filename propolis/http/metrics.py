@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import resource
 
+import msgspec
 from aiohttp import web
 
 from propolis.errors import FieldError
-from propolis.http import codec, v5
+from propolis.http import codec, ours
 from propolis.http.slot import slot, wire_state
 
 routes = web.RouteTableDef()
@@ -16,38 +17,26 @@ LOG_BYTES = 16384
 MAX_LOG_BYTES = 1 << 20
 
 
-class LogRequest(v5.Wire, frozen=True):
-    """A query: the latest bytes, or those from an offset on."""
-
-    from_start: v5.U64 | None = None
-    most_recent: v5.U64 | None = None
-    max_bytes: v5.U64 | None = None
-
-
-class LogResponse(v5.Reply, frozen=True):
-    """Lines of the log, and the offset just after them, from which to read on."""
-
-    text: str
-    last_byte_offset: v5.U64
-
-
 @routes.get("/instance/metrics")
 async def get_metrics(request: web.Request) -> web.Response:
     vm = slot(request).vm
     record = vm.lifecycle.record
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    process = {
-        "user_seconds": usage.ru_utime,
-        "system_seconds": usage.ru_stime,
-        "max_resident_kib": usage.ru_maxrss,
+    metrics = {
+        "state": wire_state(record),
+        "paused": vm.is_paused,
+        "generation": record.generation,
+        "process": ours.ProcessMetrics(
+            user_seconds=usage.ru_utime, system_seconds=usage.ru_stime, max_resident_kib=usage.ru_maxrss
+        ),
+        **vm.stats(),
     }
-    state = {"state": wire_state(record), "paused": vm.is_paused, "generation": record.generation}
-    return codec.encode({**state, "process": process, **vm.stats()})
+    return codec.encode(msgspec.convert(metrics, ours.MetricsResponse))
 
 
 @routes.get("/instance/log")
 async def get_log(request: web.Request) -> web.Response:
-    wanted = codec.query(request, LogRequest)
+    wanted = codec.query(request, ours.LogRequest)
     log = slot(request).log
     start = wanted.from_start
     if start is None:  # as many of them as are kept in one piece
@@ -57,4 +46,4 @@ async def get_log(request: web.Request) -> web.Response:
         raise FieldError([("", "expected one of from_start and most_recent in the query, not both")])
     max_bytes = min(MAX_LOG_BYTES if wanted.max_bytes is None else wanted.max_bytes, MAX_LOG_BYTES)
     data, end = log.read(from_start=start, max_bytes=max_bytes)
-    return codec.encode(LogResponse(text=data.decode(errors="replace"), last_byte_offset=end))
+    return codec.encode(ours.LogResponse(text=data.decode(errors="replace"), last_byte_offset=end))

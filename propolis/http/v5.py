@@ -475,6 +475,12 @@ class InstanceStateMonitorRequest(Wire, frozen=True):
     gen: U64
 
 
+class InstanceStateMonitorQuery(Wire, frozen=True):
+    """The same in the query, where a client cannot send a body with GET: ours."""
+
+    gen: U64 | None = None
+
+
 class MigrationState(enum.Enum):
     SYNC = "Sync"
     RAM_PUSH = "RamPush"

@@ -261,7 +261,7 @@ async def test_a_generation_that_never_comes_is_gone(tmp_path: Path) -> None:
         is_error(await served.get(f"/instance/state-monitor?gen={last + 1}"), 410, "NoInstance")
 
 
-@pytest.mark.parametrize("query", ["?gen=-1", "?gen=x", "?gen=1&gen=2", "?generation=1", "?gen=", "", "?gen=1.5"])
+@pytest.mark.parametrize("query", ["?gen=-1", "?gen=x", "?gen=1&gen=2", "?generation=1", "?gen=", "?gen=1.5"])
 async def test_a_poll_for_no_generation(tmp_path: Path, query: str) -> None:
     async with one_vm(tmp_path) as served:
         is_error(await served.get("/instance/state-monitor" + query), 400, "field")
@@ -269,6 +269,19 @@ async def test_a_poll_for_no_generation(tmp_path: Path, query: str) -> None:
 
 def is_waited_for(served: Served) -> bool:
     return bool(served.vm.lifecycle._changed._waiters)
+
+
+async def test_a_poll_for_nothing(tmp_path: Path) -> None:
+    async with one_vm(tmp_path) as served:
+        is_error(await served.get("/instance/state-monitor"), 400, "InvalidBody")
+
+
+async def test_the_api_describes_itself(tmp_path: Path) -> None:
+    async with one_vm(tmp_path) as served:
+        assert (await served.get("/openapi.json")).body["info"]["version"] == "5.0.0"
+        answer = await served.get("/docs")
+        assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+        assert b"/instance/state-monitor" in answer.body
 
 
 async def test_a_poll_whose_client_is_gone_ends(tmp_path: Path) -> None:
