@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import fcntl
 import os
-import pty
 import random
 import signal
 import socket
@@ -21,42 +20,7 @@ from propolis.console.history import ConsoleHistory
 from propolis.console.hub import INPUT_BYTES, ConsoleHub
 from propolis.console.terminal import Leave, Terminal
 from propolis.errors import BackendError
-
-TIMEOUT = 20
-LFLAG = 3
-
-
-class Pty:
-    """A terminal and the person in front of it, who reads only when asked to."""
-
-    def __init__(self) -> None:
-        self.person, self.fd = pty.openpty()
-        os.set_blocking(self.person, False)
-        self.before = termios.tcgetattr(self.fd)
-        self.seen = bytearray()
-
-    @property
-    def is_raw(self) -> bool:
-        return not termios.tcgetattr(self.person)[LFLAG] & (termios.ICANON | termios.ECHO | termios.ISIG)
-
-    @property
-    def is_restored(self) -> bool:
-        return termios.tcgetattr(self.person) == self.before
-
-    def type(self, data: bytes) -> None:
-        assert os.write(self.person, data) == len(data)
-
-    def look(self) -> bytes:
-        with contextlib.suppress(BlockingIOError):
-            while data := os.read(self.person, 65536):
-                self.seen += data
-        return bytes(self.seen)
-
-    def close(self) -> None:
-        for fd in (self.person, self.fd):
-            if fd >= 0:
-                os.close(fd)
-        self.person = self.fd = -1
+from tests.unit.console.terminals import TIMEOUT, Pty, until
 
 
 class Guest:
@@ -97,15 +61,6 @@ def pipe() -> Iterator[list[int]]:
     for end in ends:
         with contextlib.suppress(OSError):
             os.close(end)
-
-
-async def until(condition: Callable[[], bool], what: str) -> None:
-    try:
-        async with asyncio.timeout(TIMEOUT):
-            while not condition():  # noqa: ASYNC110 -- what is waited for is seen from outside only
-                await asyncio.sleep(0.001)
-    except TimeoutError:
-        pytest.fail(f"waited in vain: {what}")
 
 
 def start(guest: Guest, stdin: int, stdout: int, stderr: int, **settings: Any) -> "asyncio.Task[Leave]":

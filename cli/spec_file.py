@@ -1,0 +1,119 @@
+"""The files that `new` makes a VM of: a TOML file, of propolis-standalone or of devices alone, or a spec in JSON."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from propolis import spec as model
+from propolis import standalone_config
+from propolis.errors import ConfigError
+from propolis.toml_devices import DeviceTables, place_in_file
+from propolis.toml_table import NOT_HERE, Log, Path, Table, flag, parse_text, read_text
+
+CPUS, MEMORY_MIB = 4, 1024
+MAX_JSON = 1 << 20
+_OPTIONS = {"name": "NAME", "cpus": "--cpus", "memory_mib": "--memory"}
+
+
+def plain(name: str, cpus: int | None, memory_mib: int | None) -> model.Spec:
+    """A VM of nothing but a board: the server says what it boots, and may give it devices."""
+    return _spec(name, cpus, memory_mib)
+
+
+def read_toml(shown: str, name: str, cpus: int | None, memory_mib: int | None) -> model.Spec:
+    """The VM that a TOML file describes; what is given beside it counts more."""
+    source = read_text(shown)
+    folder = os.path.dirname(os.path.abspath(shown))
+    document = parse_text(source, shown)
+    main = document.get("main")
+    if isinstance(main, dict) and not main.keys() <= {"boot_order"}:
+        spec = standalone_config.parse(source, shown, folder)
+        try:
+            return msgspec.structs.replace(
+                spec,
+                name=name,
+                cpus=spec.cpus if cpus is None else cpus,
+                memory_mib=spec.memory_mib if memory_mib is None else memory_mib,
+            )
+        except model.SpecError as error:
+            raise _of_options(error) from error
+    log = Log()
+    devices, backends = _devices(Table(log, (), document), folder)
+    if not log:
+        _spec(name, cpus, memory_mib)  # what is wrong with this is not the file's fault
+        try:
+            return _spec(name, cpus, memory_mib, devices, backends)
+        except model.SpecError as error:
+            for problem in error.problems:
+                path, is_key = place_in_file(problem.where, devices) or (problem.where, False)
+                log.add(path, problem.message if is_key else f"{path[-1]}: {problem.message}", is_key=is_key)
+    raise log.error(source, shown)
+
+
+def read_json(shown: str) -> msgspec.Raw:
+    """The JSON of an InstanceSpec, also where the file is a whole request; the server judges what is in it."""
+    try:
+        with open(shown, "rb") as file:
+            data = file.read(MAX_JSON + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"open spec {shown!r}: {reason}") from error
+    if len(data) > MAX_JSON:
+        raise ConfigError(f"{shown}: expected a spec of at most {MAX_JSON} bytes")
+    spec = msgspec.Raw(data)
+    try:
+        for key in ("init", "value", "spec"):
+            fields = msgspec.json.decode(spec, type=dict[str, msgspec.Raw])
+            if key not in fields:
+                break
+            spec = fields[key]
+        msgspec.json.decode(spec, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ConfigError(f"{shown}: expected a spec in JSON: {error}") from error
+    return spec
+
+
+def _devices(root: Table, folder: str) -> tuple[list[model.Device], dict[str, model.Backend]]:
+    tables = DeviceTables(folder)
+    root.table("main").unavailable("boot_order")
+    chipset = root.table("chipset")
+    if chipset.take("enable-pcie", flag, False):
+        chipset.wrong("enable-pcie", f"enable-pcie = true {NOT_HERE}", is_key=True)
+    chipset.finish()
+    backends = tables.backends(root.table("block_dev"))
+    devices = tables.devices(root.table("dev"))
+    root.unavailable("cpuid", "pci_bridge")
+    root.finish()
+    return devices, backends
+
+
+def _spec(
+    name: str,
+    cpus: int | None,
+    memory_mib: int | None,
+    devices: list[model.Device] | None = None,
+    backends: dict[str, model.Backend] | None = None,
+) -> model.Spec:
+    try:
+        return model.Spec(
+            name=name,
+            cpus=CPUS if cpus is None else cpus,
+            memory_mib=MEMORY_MIB if memory_mib is None else memory_mib,
+            boot=model.FirmwareBoot(bootrom="?"),
+            boot_is_default=True,
+            devices=tuple(devices or ()),
+            backends=backends or {},
+        )
+    except model.SpecError as error:
+        if devices is None:
+            raise _of_options(error) from error
+        raise
+
+
+def _of_options(error: model.SpecError) -> ConfigError:
+    def shown(where: Path) -> str:
+        return _OPTIONS.get(str(where[0]), ".".join(map(str, where)))
+
+    return ConfigError("\n".join(f"{shown(problem.where)}: {problem.message}" for problem in error.problems))
