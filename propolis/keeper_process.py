@@ -35,6 +35,7 @@ from propolis.keeper_protocol import (
     Ready,
     Start,
     Started,
+    receive,
 )
 from propolis.processes import Process
 from propolis.run_directory import MAX_WORDS, ExitRecord, RunDirectory
@@ -43,12 +44,14 @@ from propolis.spec import DirectBoot, Spec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+MAX_START = 16 << 20
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LAST_MESSAGES = 1000  # more than a pair of sockets keeps
 _LAST_READS = 4  # a pipe holds what one read takes; others may have the worker's end of it
 _BURIAL = 5.0  # seconds that the kernel may take to bury an earlier worker
 _PR_SET_PDEATHSIG = 1
 _MESSAGES = msgspec.json.Decoder(Message)  # made here, what it knows of the types is there in every child
+_STARTS = msgspec.json.Decoder(Start)
 _ENCODER = msgspec.json.Encoder()
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -62,6 +65,13 @@ class Ends(NamedTuple):
     listener: socket.socket
 
 
+class Work(NamedTuple):
+    """What workers do: `prepare` before there is a VM for them, then `main`, which returns the exit status."""
+
+    main: Callable[[Ends], int]
+    prepare: Callable[[], object] = tuple
+
+
 def die_with_parent(parent: int) -> None:
     """See that this process is killed once its parent is. Of no effect after a change of user: to be called again then.
 
@@ -73,30 +83,69 @@ def die_with_parent(parent: int) -> None:
         raise BackendError("the keeper has ended")
 
 
-def run(start: Start, directory: RunDirectory, daemon: socket.socket, worker: Callable[[Ends], int]) -> NoReturn:
-    """The life of a keeper, in a process that was forked for it; `daemon` hears how it begins.
+def run(assignment: socket.socket, work: Work) -> NoReturn:
+    """The life of a keeper, in a process that was forked for it.
 
-    `worker` runs in a process of its own and returns its exit status.
+    It has its worker made, and then waits for its assignment: a message with three descriptors, which are those of a
+    run directory, of a file with what to start, and of a socket on which the daemon hears how that begins.
     """
     status = 1
+    daemon = None
     try:
         gc.disable()  # a collection would write to every object, and make the pages of all of them this process's own
-        _leave_the_daemon(f"keep {start.spec.name}", start.options.cgroup)
-        directory.take_lock()
-        _wait_for_earlier_worker(directory)
-        directory.clear_run()
-        Keeper(start, directory, daemon).run(worker)
+        _leave_the_daemon()
+        worker = _Worker.fork(work, assignment)
+        fds = _wait(assignment, worker)
+        if fds:
+            directory, request, reply = fds
+            daemon = socket.socket(fileno=reply)
+            start = read_start(request)
+            with RunDirectory.from_fd(start.directory, directory) as run_directory:
+                _keep(start, run_directory, request, daemon, worker)
         status = 0
     except PropolisError as error:
         _tell(daemon, Answer.refusal(error))
     except BaseException as error:  # noqa: BLE001 -- nothing is above this; it is told and the process ends
         _tell(daemon, Answer("internal", f"the keeper failed: {error!r}"[:MAX_TEXT]))
     finally:
-        os._exit(status)
+        os._exit(status)  # and the worker, if there is one, goes along
 
 
-def _leave_the_daemon(name: str, cgroup: str | None) -> None:
-    """No terminal, folder, output, signal handler or control group of the daemon's."""
+def _wait(assignment: socket.socket, worker: _Worker) -> list[int]:
+    """The descriptors of the assignment; none where there will be no assignment."""
+    poll = select.poll()
+    poll.register(assignment, select.POLLIN)
+    poll.register(worker.process, select.POLLIN)
+    ready = [fd for fd, _ in poll.poll()]
+    if assignment.fileno() not in ready:
+        return []  # its worker is dead: another keeper has to be found
+    data, fds = receive(assignment, 3)
+    assignment.close()
+    return fds if data and len(fds) == 3 else []
+
+
+def _keep(start: Start, directory: RunDirectory, request: int, daemon: socket.socket, worker: _Worker) -> None:
+    """Keeps one VM to its end. Raises PropolisError where it does not begin."""
+    set_title(f"keep {start.spec.name}")
+    if start.options.cgroup is not None:
+        for pid in (os.getpid(), worker.pid):
+            _join(start.options.cgroup, pid)
+    directory.take_lock()
+    _wait_for_earlier_worker(directory)
+    directory.clear_run()
+    Keeper(start, directory, daemon, worker).run(request)
+
+
+def read_start(request: int) -> Start:
+    """What to start, in a file that others have as well. Raises BackendError."""
+    try:
+        return _STARTS.decode(os.pread(request, MAX_START, 0))
+    except (OSError, ValueError) as error:
+        raise BackendError(f"start a VM: {error}") from error
+
+
+def _leave_the_daemon() -> None:
+    """No terminal, folder, output or signal handler of the daemon's."""
     os.setsid()
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -105,15 +154,17 @@ def _leave_the_daemon(name: str, cgroup: str | None) -> None:
     os.close(null)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    set_title(name)
+    set_title("keeper")
     if _oom_score() < 0:  # this host's administrator has the daemon spared, and it is we who tell how a VM was not
         _set_oom_score(-1000)
-    if cgroup is not None:
-        try:
-            with open(os.path.join(cgroup, "cgroup.procs"), "w", encoding="ascii") as file:
-                file.write("0")
-        except OSError as error:
-            raise BackendError(f"join control group {cgroup!r}: {error.strerror}") from error
+
+
+def _join(cgroup: str, pid: int) -> None:
+    try:
+        with open(os.path.join(cgroup, "cgroup.procs"), "w", encoding="ascii") as file:
+            file.write(str(pid))
+    except OSError as error:
+        raise BackendError(f"join control group {cgroup!r}: {error.strerror}") from error
 
 
 def set_title(name: str) -> None:
@@ -154,8 +205,10 @@ def _wait_for_earlier_worker(directory: RunDirectory) -> None:
         os.close(process)
 
 
-def _tell(daemon: socket.socket, message: msgspec.Struct, fds: tuple[int, ...] = ()) -> bool:
-    """False where the daemon does not listen any more."""
+def _tell(daemon: socket.socket | None, message: msgspec.Struct, fds: tuple[int, ...] = ()) -> bool:
+    """False where the other side does not listen any more."""
+    if daemon is None:
+        return False
     try:
         socket.send_fds(daemon, [_ENCODER.encode(message)], fds)
     except OSError:
@@ -190,58 +243,73 @@ class Opener:
                 return self._local.open_disk(path, read_only=read_only)
 
 
-class Keeper:
-    """One run of one worker."""
+class _Worker(NamedTuple):
+    """A worker as its keeper has it."""
 
-    def __init__(self, start: Start, directory: RunDirectory, daemon: socket.socket) -> None:
-        self._start = start
-        self._directory = directory
-        self._daemon: socket.socket | None = daemon
-        self._opener = Opener(start.spec)
-        self._worker = -1  # a pidfd
-        self._failure: str | None = None  # why the worker could not make the VM
-        self._words = bytearray()  # the end of what the worker wrote to its standard error
+    pid: int
+    process: int  # a pidfd
+    channel: socket.socket
+    words: int  # what it writes to its standard error
 
-    def run(self, worker: Callable[[Ends], int]) -> None:
-        """Starts the worker, serves it, and writes its end down. Raises PropolisError where it cannot start."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)  # until there is somebody to pass them on to
-        listener = self._directory.listen()
+    @classmethod
+    def fork(cls, work: Work, assignment: socket.socket) -> _Worker:
+        """The worker waits for its VM."""
         channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         words, stderr = os.pipe2(os.O_CLOEXEC)
         me = os.getpid()
         pid = os.fork()
         if pid == 0:
-            assert self._daemon is not None
-            self._daemon.close()
+            assignment.close()
             channel.close()
             os.close(words)
-            _run_worker(worker, Ends(self._start, self._directory, other, listener), stderr, me)
+            _be_worker(work, other, stderr, me)
         other.close()
-        listener.close()
         os.close(stderr)
+        os.set_blocking(words, False)
+        return cls(pid, os.pidfd_open(pid), channel, words)
+
+
+class Keeper:
+    """One run of one worker."""
+
+    def __init__(self, start: Start, directory: RunDirectory, daemon: socket.socket, worker: _Worker) -> None:
+        self._directory = directory
+        self._daemon: socket.socket | None = daemon
+        self._opener = Opener(start.spec)
+        self._worker = worker
+        self._failure: str | None = None  # why the worker could not make the VM
+        self._words = bytearray()  # the end of what the worker wrote to its standard error
+
+    def run(self, request: int) -> None:
+        """Gives the worker what it needs, serves it, and writes its end down. Raises PropolisError."""
+        worker = self._worker
+        for number in ENDING_SIGNALS:
+            signal.signal(number, self._pass_on)
         try:
-            self._worker = os.pidfd_open(pid)
-            for number in ENDING_SIGNALS:
-                signal.signal(number, self._pass_on)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
-            self._introduce(me, pid)
-            self._serve(channel, words)
+            with self._directory.listen() as listener:
+                self._introduce()
+                fds = [self._directory.fileno(), request, listener.fileno()]
+                with contextlib.suppress(OSError):  # it is dead, which is found out below
+                    socket.send_fds(worker.channel, [b"start"], fds)
+            os.close(request)
+            self._serve(worker.channel, worker.words)
         except BaseException:
-            os.kill(pid, signal.SIGKILL)  # not waited for yet: the number is still the worker's
+            os.kill(worker.pid, signal.SIGKILL)  # not waited for yet: the number is still the worker's
             raise
         finally:
-            end = os.waitid(os.P_PID, pid, os.WEXITED)
+            end = os.waitid(os.P_PID, worker.pid, os.WEXITED)
             assert end is not None
-            record = self._record(end, words)
+            record = self._record(end, worker.words)
             self._directory.remove_socket()
             self._directory.write_exit(record)
         self._announce(Answer("backend", f"the worker ended before the VM was made: {record.reason}"))
 
     def _pass_on(self, number: int, _frame: object) -> None:
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._worker, signal.SIGTERM)
+            signal.pidfd_send_signal(self._worker.process, signal.SIGTERM)
 
-    def _introduce(self, keeper: int, worker: int) -> None:
+    def _introduce(self) -> None:
+        keeper, worker = os.getpid(), self._worker.pid
         mine, its = Process.of(keeper), Process.of(worker)
         assert mine is not None
         assert its is not None  # at least its remains, for which nobody but this process waits
@@ -249,20 +317,19 @@ class Keeper:
         assert self._daemon is not None
         me = os.pidfd_open(keeper)
         try:
-            if not _tell(self._daemon, Started(keeper=keeper, worker=worker), (me, self._worker)):
+            if not _tell(self._daemon, Started(keeper=keeper, worker=worker), (me, self._worker.process)):
                 raise BackendError("the daemon does not want this VM any more")
         finally:
             os.close(me)
 
     def _serve(self, channel: socket.socket, words: int) -> None:
         """Answers the worker until it ends."""
-        os.set_blocking(words, False)
         poll = select.poll()
-        for fd in (channel.fileno(), words, self._worker):
+        for fd in (channel.fileno(), words, self._worker.process):
             poll.register(fd, select.POLLIN)
         while True:
             ready = {fd for fd, _ in poll.poll()}
-            if self._worker in ready:
+            if self._worker.process in ready:
                 self._hear_out(channel)
                 return
             if words in ready and not self._hear(words):
@@ -350,7 +417,7 @@ def _last_line(text: str, status: int) -> str:
     return f"the worker ended with status {status}" + (f": {last}" if last else "")
 
 
-def _run_worker(worker: Callable[[Ends], int], ends: Ends, stderr: int, keeper: int) -> NoReturn:
+def _be_worker(work: Work, channel: socket.socket, stderr: int, keeper: int) -> NoReturn:
     """In the worker's process."""
     status = 1
     try:
@@ -358,12 +425,19 @@ def _run_worker(worker: Callable[[Ends], int], ends: Ends, stderr: int, keeper: 
         os.close(stderr)
         sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
         gc.enable()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
-        set_title(ends.start.spec.name)
+        set_title("worker")
         if _oom_score() < 0:
             _set_oom_score(0)
         die_with_parent(keeper)
-        status = worker(ends)
+        work.prepare()
+        data, fds = receive(channel, 3)
+        if data:
+            directory, request, listener = fds
+            start = read_start(request)
+            os.close(request)
+            set_title(start.spec.name)
+            run_directory = RunDirectory.from_fd(start.directory, directory)
+            status = work.main(Ends(start, run_directory, channel, socket.socket(fileno=listener)))
     except BaseException:  # noqa: BLE001 -- nothing is above this; its last words are in the exit record
         traceback.print_exc()
     finally:

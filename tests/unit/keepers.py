@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from propolis import keeper_process
-from propolis.keeper_process import Ends
+from propolis.keeper_process import Ends, Work
 from propolis.keeper_protocol import MAX_MESSAGE, Answer, RemoteKeeper, Start, Started, StartOptions, receive
 from propolis.run_directory import ExitRecord, RunDirectory
 from propolis.running_vm import RunningVm
@@ -82,16 +82,25 @@ def kept(directory: RunDirectory, vm: Spec, worker: Callable[[Ends], int], *, is
     """A keeper with a worker that runs `worker`; both are gone afterwards. Without `is_heard` its daemon is gone."""
     mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     mine.settimeout(TIMEOUT)
+    assigning, assigned = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     start = Start(
         directory=directory.path, spec=vm, properties=msgspec.Raw(b"null"), options=StartOptions()
     )  # fmt: skip
     if not is_heard:
         mine.close()
+    request = os.memfd_create("start")
+    os.write(request, msgspec.json.encode(start))
+    socket.send_fds(assigning, [b"start"], [directory.fileno(), request, its.fileno()])
+    os.close(request)
+    its.close()
     pid = os.fork()
     if pid == 0:
         mine.close()
-        keeper_process.run(start, directory, its, worker)
-    its.close()
+        assigning.close()
+        directory.close()
+        keeper_process.run(assigned, Work(worker))
+    assigned.close()
+    assigning.close()
     one = Kept(directory, pid, mine)
     try:
         yield one
