@@ -78,6 +78,7 @@ class StartOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How a worker is to run, besides what its VM is."""
 
     log_level: str = "info"
+    log_format: str = "text"  # or "json"
     hypervisor: str = "kvm"
     jail: msgspec.Raw = msgspec.Raw(b"{}")  # JailSettings of propolis.jail; by itself a full one
     cgroup: str | None = None  # the directory of the control group that keeper and worker join

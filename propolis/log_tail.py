@@ -6,10 +6,12 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from propolis.logs import JsonFormatter, TextFormatter
+
 if TYPE_CHECKING:
     from propolis.console.history import ConsoleHistory
 
-MAX_LINE = 2000  # characters; a traceback is one line too
+MAX_LINE = 4000  # characters; a traceback is one line too
 BURST = 500  # lines at once, of what is not an error,
 RATE = 20  # and a second from then on: much of it happens because a guest or a client wants it
 _CONTROLS = (
@@ -17,23 +19,20 @@ _CONTROLS = (
     | {code: f"\\u{code:04x}" for code in (0x2028, 0x2029)}  # which some take for the end of a line
     | {ord("\n"): "\\n", ord("\t"): " "}
 )
+_LEFT_OUT = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING", "msg": "%d lines are left out"}
 
 
 class LogTail(logging.Handler):
     """Appends each record to a history."""
 
-    def __init__(self, history: ConsoleHistory) -> None:
-        """The history stays the caller's."""
+    def __init__(self, history: ConsoleHistory, form: str = "text") -> None:
+        """As "text" or "json". The history stays the caller's."""
         super().__init__()
         self._history = history
         self._room = float(BURST)
         self._looked = time.monotonic()
         self._left_out = 0
-        formatter = logging.Formatter(
-            "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S"
-        )
-        formatter.converter = time.gmtime
-        self.setFormatter(formatter)
+        self.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
 
     def emit(self, record: logging.LogRecord) -> None:
         """Never raises: there is nobody to tell."""
@@ -41,8 +40,11 @@ class LogTail(logging.Handler):
             self._left_out += 1
             return
         if self._left_out:
-            self._history.append(b"[%d lines are left out]\n" % self._left_out)
+            self._append(logging.makeLogRecord(_LEFT_OUT | {"args": (self._left_out,)}))
             self._left_out = 0
+        self._append(record)
+
+    def _append(self, record: logging.LogRecord) -> None:
         try:
             line = self.format(record)
         except Exception as error:  # noqa: BLE001 -- a bad record of whoever

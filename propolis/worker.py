@@ -91,8 +91,10 @@ def main(ends: Ends) -> int:
     with ExitStack() as stack:
         log_history = ends.directory.map_log()
         stack.callback(log_history.close)
-        tail = LogTail(log_history)
+        tail = LogTail(log_history, ends.start.options.log_format)
         logging.basicConfig(level=ends.start.options.log_level.upper(), handlers=[tail], force=True)
+        for name in ("asyncio", "aiohttp"):  # which tell of each connection
+            logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
         stack.callback(logging.getLogger().removeHandler, tail)
         state = ends.directory.map_state()
         stack.callback(state.close)

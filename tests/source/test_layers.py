@@ -79,7 +79,7 @@ ARROWS: dict[str, set[str]] = {
     "keeper_process": {"keeper", "keeper_protocol", "processes", "run_directory", "spec", "errors"},
     "keeper_protocol": {"spec", "errors"},
     "running_vm": {"run_directory", "processes"},
-    "log_tail": {"console"},
+    "log_tail": {"console", "logs"},
     "run_directory": {"console", "disk_image", "state_file", "mapped_file", "processes", "errors"},
     "state_file": {"lifecycle", "mapped_file"},
     "mapped_file": {"errors"},

@@ -1,5 +1,6 @@
 """The log that a worker leaves: a line for each record, whatever is in it."""
 
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -27,17 +28,17 @@ def lines(history: ConsoleHistory) -> list[str]:
 
 
 def test_a_record_is_a_line(history: ConsoleHistory) -> None:
-    log.info("state %s", "Running")
+    log.info("state %s", "Running", extra={"vm": "web"})
     (line,) = lines(history)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO test\.tail: state Running", line)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z info test\.tail: state Running vm=web", line)
 
 
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
         ("two\nlines", "two\\nlines"),
-        ("\x1b[2J\r\x07\x7f\x9b", "\\x1b[2J\\x0d\\x07\\x7f\\x9b"),
-        ("a\tb", "a b"),
+        ("\x1b[2J\r\x07\x7f\x9b", "\\x1b[2J\\r\\x07\\x7f\\x9b"),
+        ("a\tb", "a\\tb"),
         ("\u2713 \udcff", "\u2713 \\udcff"),
         ("\u2028\u2029\x85", "\\u2028\\u2029\\x85"),
     ],
@@ -54,7 +55,7 @@ def test_a_traceback_is_one_line(history: ConsoleHistory) -> None:
     except ValueError:
         log.exception("a bug")
     (line,) = lines(history)
-    assert "a bug\\nTraceback" in line
+    assert "a bug\\n  Traceback" in line
     assert len(line) <= 2 * MAX_LINE
 
 
@@ -76,12 +77,18 @@ def test_a_flood_is_left_out() -> None:
     for _ in range(BURST + 1000):
         say(logging.WARNING, "once more")
     say(logging.ERROR, "an error")
-    found = [
-        line.partition("test.tail: ")[2] or line
-        for line in history.read(from_start=0, max_bytes=1 << 20)[0].decode().splitlines()
-    ]
+    text = history.read(from_start=0, max_bytes=1 << 20)[0].decode()
+    found = [line.partition(": ")[2] for line in text.splitlines()]
     assert found[-1] == "an error"
     assert "lines are left out" in found[-2]
-    left_out = sum(int(line[1:].split()[0]) for line in found if line.startswith("["))
+    left_out = sum(int(line.split()[0]) for line in found if line.endswith("left out"))
     assert left_out + found.count("once more") == BURST + 1000
     assert left_out > 500
+
+
+def test_as_json() -> None:
+    history = ConsoleHistory(8192)
+    tail = LogTail(history, "json")
+    tail.handle(logging.LogRecord("test.tail", logging.INFO, "", 0, "two\nlines", None, None))
+    (line,) = lines(history)
+    assert json.loads(line)["message"] == "two\nlines"
