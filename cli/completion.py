@@ -44,5 +44,5 @@ def names(context: typer.Context, incomplete: str) -> list[str]:
 def script(shell: str) -> str:
     """What `shell` is to load."""
     environment = os.environ | {"_PROPOLIS_CLI_COMPLETE": f"source_{shell}"}
-    command = [sys.executable, "-m", "propolis_cli.main"]
+    command = [sys.executable, "-P", "-m", "propolis_cli.main"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from .output import Output
     from .session import Work
 
-_PROBE = ("-m", "propolis.daemon", "doctor", "--json")  # a process of its own: it tries what the client never loads
+_PROBE = (
+    "-P",
+    "-m",
+    "propolis.daemon",
+    "doctor",
+    "--json",
+)  # a process of its own: it tries what the client never loads
 
 
 def doctor(is_explicit: bool) -> Work:

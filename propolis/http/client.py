@@ -276,7 +276,13 @@ class Client:
         ) -> tuple[aiohttp.ClientWebSocketResponse, int]:
             return await self._open_console(name, com, from_start, most_recent)
 
-        console = Console(connect, patience=patience, on_lost=on_lost, on_back=on_back)
+        async def read_history(from_start: int | None, most_recent: int | None) -> tuple[bytes, int]:
+            max_bytes = 1 if from_start is None else None
+            return await self.history(
+                name, from_start=from_start, most_recent=most_recent, max_bytes=max_bytes, com=com
+            )
+
+        console = Console(connect, read_history, patience=patience, on_lost=on_lost, on_back=on_back)
         await console.open(from_start, most_recent)
         try:
             yield console

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 import aiohttp
 import msgspec
 
-from propolis.http.client_replies import RefusedError, UnavailableError, UnreachableError
+from propolis.errors import PropolisError
+from propolis.http.client_replies import DeniedError, RefusedError, UnavailableError, UnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from propolis.errors import PropolisError
-
     # From an offset or the latest bytes; with the websocket, the offset of the first byte that it brings.
     Connect = Callable[[int | None, int | None], Awaitable[tuple[aiohttp.ClientWebSocketResponse, int]]]
+    # From an offset, or of the latest bytes the first; with the offset just after them.
+    History = Callable[[int | None, int | None], Awaitable[tuple[bytes, int]]]
 
 _END = 1001  # the code that a console is closed with when there is no more of it
 _EXPIRED = "expired_range"  # what is asked for is no longer kept
@@ -41,6 +42,7 @@ class Console:
     def __init__(
         self,
         connect: Connect,
+        history: History,
         *,
         patience: float = 0.0,
         on_lost: Callable[[PropolisError], None] | None = None,
@@ -48,12 +50,14 @@ class Console:
     ) -> None:
         """A lost connection is made again for up to `patience` seconds; `on_lost` and `on_back` hear of that."""
         self._connect = connect
+        self._history = history
         self._patience = patience
         self._on_lost = on_lost
         self._on_back = on_back
         self._websocket: aiohttp.ClientWebSocketResponse | None = None
         self._is_connected = asyncio.Event()
         self._is_over = False
+        self._is_past = False  # the VM does not run: what it printed is read from the history
         self._offset = 0
         self._note = b""  # for the reader, before anything else
 
@@ -68,8 +72,16 @@ class Console:
         return self._is_over
 
     async def open(self, from_start: int | None, most_recent: int | None) -> None:
-        """Connect for the first time."""
-        self._websocket, self._offset = await self._connect(from_start, most_recent)
+        """Connect for the first time; of a VM that does not run there is what it printed."""
+        try:
+            self._websocket, self._offset = await self._connect(from_start, most_recent)
+        except DeniedError as error:
+            try:
+                data, after = await self._history(None, most_recent or 0)
+            except PropolisError:
+                raise error from None
+            self._is_past = True
+            self._offset = from_start if from_start is not None else after - len(data)
         self._is_connected.set()
 
     async def close(self) -> None:
@@ -85,6 +97,8 @@ class Console:
             if self._note:
                 note, self._note = self._note, b""
                 return note
+            if self._is_past:
+                return await self._read_past()
             assert self._websocket is not None
             message = await self._websocket.receive()
             if message.type is aiohttp.WSMsgType.BINARY:
@@ -109,7 +123,7 @@ class Console:
         while not self._is_over:
             await self._is_connected.wait()
             websocket = self._websocket
-            if self.is_over or websocket is None:
+            if self.is_over or self._is_past or websocket is None:
                 return
             try:
                 await websocket.send_bytes(data)
@@ -120,6 +134,18 @@ class Console:
                     self._is_connected.clear()
             else:
                 return
+
+    async def _read_past(self) -> bytes:
+        try:
+            data, self._offset = await self._history(self._offset, None)
+        except RefusedError as error:
+            if error.code != _EXPIRED:
+                raise
+            first, after = await self._history(None, _ALL)
+            self._skip_to(after - len(first))
+            data, self._note = self._note, b""
+        self._is_over = not data
+        return data
 
     def _heed(self, text: str) -> None:
         with contextlib.suppress(msgspec.MsgspecError, RecursionError):
@@ -149,7 +175,12 @@ class Console:
             raise error
         if self._on_lost is not None:
             self._on_lost(error)
-        websocket, offset = await self._connect_again()
+        try:
+            websocket, offset = await self._connect_again()
+        except DeniedError:  # the VM has ended meanwhile
+            self._is_past = True
+            self._is_connected.set()
+            return
         self._websocket = websocket
         if self.is_over:  # closed in the meantime
             await websocket.close()

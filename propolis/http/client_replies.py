@@ -63,7 +63,7 @@ class NoVmError(ReplyError, NoInstanceError):
 
 
 class VmExistsError(ReplyError, AlreadyInitializedError):
-    """A server of one VM has one already."""
+    """There is one already, and it is another."""
 
 
 class VmIsOverError(ReplyError, UnreachableGenerationError):
