@@ -253,7 +253,17 @@ def test_no_circle() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["propolis", "propolis.daemon", "propolis.keeper", "propolis.run_directory", "propolis.spec", "propolis_cli.main"],
+    [
+        "propolis",
+        "propolis.daemon",
+        "propolis.keeper",
+        "propolis.run_directory",
+        "propolis.spec",
+        "propolis.http.client",
+        "propolis_cli.main",
+        "propolis_cli.console",
+        "propolis_cli.spec_file",
+    ],
 )
 def test_nothing_compiled_is_loaded(module: str) -> None:
     """The daemon, the keeper and the command-line client start without the compiled core."""
