@@ -71,7 +71,7 @@ async def _run(options: argparse.Namespace) -> None:
     async with RunOne(default_boot(options), options.hypervisor) as one:
         listener = listen(options.address)
         runner = await serve(make_app(None, create=one.create, log=one.log, extra_fields=False), listener)
-        log.info("listening on %s", options.address)
+        log.info("listening on %s", _shown(listener, options.address))
         try:
             await ended.wait()
             await one.stop()
@@ -79,6 +79,11 @@ async def _run(options: argparse.Namespace) -> None:
             await runner.cleanup()
             if options.address.startswith("unix:"):
                 os.unlink(options.address.removeprefix("unix:"))
+
+
+def _shown(listener: socket.socket, address: str) -> str:
+    """The address with the port that it became, where any would do."""
+    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{listener.getsockname()[1]}"
 
 
 def default_boot(options: argparse.Namespace) -> Boot | None:
@@ -117,10 +122,10 @@ class RunOne:
         """Makes the VM of a request. An earlier one is destroyed."""
         if isinstance(request.init, v5.InitializeAsMigrationTarget):
             raise v5_spec.no_migration()
+        if self._task is not None:  # it is about to end
+            await asyncio.wait({self._task})
         spec = v5_spec.to_spec(request.init.value.spec, request.properties.name, default_boot=self._boot)
         vm = VirtualMachine(spec, request.properties, LocalKeeper(), is_destroyed=True, hypervisor=self._hypervisor)
-        if self._task is not None:
-            await asyncio.gather(self._task, return_exceptions=True)
         self._vm = vm
         self._task = asyncio.create_task(vm.run(), name="vm")
         return vm

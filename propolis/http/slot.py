@@ -86,8 +86,8 @@ class Slot:
         return self._log
 
     async def create(self, request: v5.InstanceEnsureRequest) -> None:
-        """Makes the VM. Raises AlreadyInitializedError where there is one, unless that is destroyed."""
-        is_free = self._vm is None or self._vm.lifecycle.record.state is State.DESTROYED
+        """Makes the VM. Raises AlreadyInitializedError where there is one, unless that is over."""
+        is_free = self._vm is None or self._vm.lifecycle.is_over
         if self._create is None or self._is_creating or not is_free:
             raise AlreadyInitializedError("there is a VM already")
         self._is_creating = True

@@ -40,8 +40,8 @@ cdef enum:
     # device and the firmware's segment.
     IDENTITY_MAP = 0xFEFFC000
     TSS = 0xFEFFD000
-    # A message to a local APIC (SDM volume 3A, §11.11): its ID goes to bits 12 to 19, delivery mode 4 is an NMI.
-    MSI_ADDRESS = 0xFEE00000
+    # A message to every local APIC (SDM volume 3A, §11.11): ID 0xFF, and delivery mode 4 is an NMI.
+    MSI_TO_ALL = 0xFEEFF000
     MSI_NMI = 0x400
     # Exit reasons of ours, above KVM's: KVM_RUN itself failed.
     REASON_ERRNO = 0x10000
@@ -165,6 +165,14 @@ cdef class KvmVm(Vm):
     def reset(self) -> None:
         """Interrupt controllers and PIT to their state at power-on; the vCPUs are held."""
         self._chips(kvm.KVM_SET_IRQCHIP, kvm.KVM_SET_PIT2)
+
+    def inject_nmi(self) -> None:
+        """An NMI for every vCPU, whatever it does."""
+        # As a message: the ioctl of that name would wait until the vCPU leaves the guest. To all at once, because KVM
+        # finds a local APIC that the guest has not enabled by no other message.
+        cdef int result = self.signal_msi(MSI_TO_ALL, MSI_NMI)
+        if result < 0:
+            raise HypervisorError(f"inject an NMI: {strerror(-result).decode()}")
 
     cdef int set_irq(self, uint32_t gsi, bint level) noexcept nogil:
         cdef kvm.kvm_irq_level line
@@ -306,14 +314,6 @@ cdef class KvmVcpu(Vcpu):
     def reset(self) -> None:
         """To the state at power-on; held."""
         restore(self.fd, self.kvm_vm.has_xcrs, self.pristine)
-
-    def inject_nmi(self) -> None:
-        """An NMI, whatever the guest does; for any thread, at any time before close()."""
-        # As a message to the local APIC: the ioctl of that name would wait until the vCPU is out of the guest.
-        cdef uint64_t address = MSI_ADDRESS | <uint64_t>self.index << 12
-        cdef int result = self.kvm_vm.signal_msi(address, MSI_NMI)
-        if result < 0:
-            raise HypervisorError(f"inject an NMI into vCPU {self.index}: {strerror(-result).decode()}")
 
     cdef void set_immediate_exit(self, bint on) noexcept nogil:
         if self.run_area != NULL:  # a closed vCPU may still be told to stop

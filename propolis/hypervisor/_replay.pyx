@@ -118,6 +118,10 @@ cdef class ReplayVm(Vm):
     def map_memory(self) -> None:
         """There is nobody to map it for."""
 
+    def inject_nmi(self) -> None:
+        """Recorded as the message to all local APICs that it is elsewhere."""
+        self.signal_msi(0xFEEFF000, 0x400)
+
     def reset(self) -> None:
         """There is no interrupt controller; lines keep the level of their devices."""
 
@@ -229,10 +233,6 @@ cdef class ReplayVcpu(Vcpu):
             return True
         # A vCPU that was held as soon as it had parked itself has not come back to say so.
         return bool(self.is_parked) and self.position == self.length and self.rounds <= 1
-
-    def inject_nmi(self) -> None:
-        """Recorded as the message to a local APIC that it is elsewhere."""
-        self.vm.signal_msi(0xFEE00000 | <uint64_t>self.index << 12, 0x400)
 
     def set_cpuid(self, entries: list) -> None:
         self.cpuid = entries

@@ -14,6 +14,7 @@ BURST = 512  # characters; the transmitter says that it is full while there is s
 
 STARTED = 0x5000  # a word that counts application processors
 TRAMPOLINE = 0x2000  # where they begin
+TABLES = 0x40_0000  # descriptors, where a kernel needs some
 
 STOP = bytes.fromhex("fa f4 eb fd")  # cli; hlt; jmp to the hlt
 SPIN = bytes.fromhex("eb fe")
@@ -128,6 +129,25 @@ def wake_others(count: int) -> bytes:
     command = b"".join(b"\xc7\x05" + _int(0xFEE0_0300, 4) + _int(word, 4) for word in (0xC_4500, 0xC_4602))
     wait = b"\x66\x81\x3d" + _int(STARTED, 4) + _int(count, 2)  # cmp word [STARTED], count
     return put + clear + command + wait + b"\x75" + _int(256 - len(wait) - 2, 1)
+
+
+def _put(address: int, value: int, size: int = 4) -> bytes:
+    """mov [address], value; of 2 or 4 bytes."""
+    return (b"\x66" if size == 2 else b"") + b"\xc7\x05" + _int(address, 4) + _int(value, size)
+
+
+def on_nmi(body: bytes) -> bytes:
+    """Runs `body` when an NMI comes, which does not go back: not every KVM can be returned to from one."""
+    gdt, idt, pointers = TABLES, TABLES + 0x100, TABLES + 0x800
+    segments = _put(gdt + 8, 0x0000_FFFF) + _put(gdt + 12, 0x00CF_9A00)  # 8: all memory, 32-bit code
+    limits = _put(pointers, 15, 2) + _put(pointers + 2, gdt) + _put(pointers + 8, 0xFF, 2) + _put(pointers + 10, idt)
+    load = b"\x0f\x01\x15" + _int(pointers, 4) + b"\x0f\x01\x1d" + _int(pointers + 8, 4)  # lgdt; lidt
+    take_address = b"\xe8" + _int(len(body), 4) + body + b"\x58"  # call over it; pop eax
+    gate = idt + 2 * 8
+    low = b"\x66\xa3" + _int(gate, 4) + _put(gate + 2, 8, 2) + _put(gate + 4, 0x8E00, 2)  # mov [gate], ax
+    high = b"\xc1\xe8\x10\x66\xa3" + _int(gate + 6, 4)  # shr eax, 16; mov [gate + 6], ax
+    reload = bytes.fromhex("6a 08 e8 00 00 00 00 83 04 24 05 cb")  # push 8; call next; add [esp], 5; retf
+    return segments + limits + load + take_address + low + high + reload
 
 
 def monitor(greeting: str = "ready\r\n", *, button: bytes | None = None) -> bytes:

@@ -192,3 +192,26 @@ async def test_a_device_that_does_not_halt_keeps_nothing_else(tmp_path: Path, ca
     await machine.halt()
     assert "device=stubborn" in caplog.text
     assert machine.vm.memory.regions_list() == []
+
+
+class Slow(Device):
+    """A device that ends once another has begun to."""
+
+    def __init__(self, name: str, mine: asyncio.Event, others: asyncio.Event) -> None:
+        super().__init__(name)
+        self._mine = mine
+        self._others = others
+
+    async def halt(self) -> None:
+        self._mine.set()
+        await self._others.wait()
+
+
+async def test_devices_halt_at_once(tmp_path: Path) -> None:
+    """Ten disks whose storage hangs take no longer than one."""
+    machine = build(tmp_path, ignore)
+    one, other = asyncio.Event(), asyncio.Event()
+    machine.devices += [Slow("one", one, other), Slow("other", other, one)]
+    await machine.start()
+    async with asyncio.timeout(10):
+        await machine.halt()
