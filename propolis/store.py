@@ -36,6 +36,7 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     format: int = FORMAT
     uuid: str
     created: float
+    index: int  # no other VM's: for what is numbered, such as users
     spec: model.Spec
     requested: model.Spec  # without what the daemon's configuration added then
     properties: msgspec.Raw = msgspec.Raw(b"{}")  # what the API keeps of a VM beside its Spec
@@ -112,6 +113,7 @@ class Store:
         """All definitions by name. What cannot be read is set aside, logged, and in `unreadable`."""
         found = {}
         uuids: dict[str, str] = {}
+        indexes: dict[int, str] = {}
         for entry in sorted(os.listdir(self._folder)):
             if entry.endswith(_HALF_WRITTEN):  # a write that never came to its end, so nobody was told that it had
                 with contextlib.suppress(OSError):
@@ -125,6 +127,8 @@ class Store:
                 definition = _decode(self._read(entry), entry)
                 if (other := uuids.setdefault(definition.uuid, definition.name)) != definition.name:
                     raise ValueError(f"its uuid is {other!r}'s")
+                if (other := indexes.setdefault(definition.index, definition.name)) != definition.name:
+                    raise ValueError(f"its index is {other!r}'s")
             except (OSError, ValueError, ConfigError) as error:
                 reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
                 self._set_aside(entry, reason.replace("\n", "; "))

@@ -50,6 +50,8 @@ async def body(request: web.Request, content_type: str = JSON) -> bytes:
     """The body of a request. Raises BodyError where it is of another type, too large, or does not arrive."""
     if request.body_exists and request.headers.get("Content-Type") is not None and request.content_type != content_type:
         raise BodyError(f"a body of type {request.content_type[:MAX_ECHO]!r}: expected {content_type}")
+    if (request.content_length or 0) > request.client_max_size:  # nothing to wait for
+        raise BodyTooLargeError(f"the body is larger than {request.client_max_size} bytes")
     try:
         async with asyncio.timeout(BODY_TIMEOUT):
             return await request.read()
@@ -74,7 +76,7 @@ def decode_bytes(data: bytes, kind: type[T]) -> T:
         value = msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
         raise _field_error(data, kind, error) from error
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BodyError(f"the body is no JSON: {_short(str(error))}") from error
     try:
         json.loads(data, object_pairs_hook=_refuse_twins)

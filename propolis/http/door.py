@@ -148,13 +148,14 @@ class Door:
         self._settings = settings
         self._names: list[UnixName] = []
         self._listeners: list[socket.socket] = []
+        self._addresses: list[Address] = []
         self._servers: list[asyncio.Server] = []
         self._refused = 0
 
     @property
     def addresses(self) -> list[Address]:
         """Where it listens."""
-        return [address_of(listener) for listener in self._listeners]
+        return list(self._addresses)
 
     @property
     def connections(self) -> int:
@@ -171,18 +172,21 @@ class Door:
         """Listen at all of these. Raises BusyError where somebody else does, BackendError, ConfigError."""
         self._listeners += passed
         try:
-            for listener in passed:
-                if isinstance(address := address_of(listener), TcpAddress):
+            self._addresses += map(address_of, passed)
+            for address in (*self._addresses, *addresses):
+                if isinstance(address, TcpAddress):
                     check_exposure(address, self._settings)
             for address in addresses:
                 if isinstance(address, TcpAddress):
-                    check_exposure(address, self._settings)
-                    self._listeners += await _listen(address)
+                    opened = await _listen(address)
+                    self._listeners += opened
+                    self._addresses += map(address_of, opened)
                 else:
                     name = UnixName(address.path, "API socket")
                     group = _group(self._settings.socket_group)
                     self._listeners.append(await name.take(SOCKET_MODE, group=group, backlog=_BACKLOG))
                     self._names.append(name)
+                    self._addresses.append(UnixAddress(name.path))
             await self._serve()
         except BaseException:
             await self.close()
@@ -213,6 +217,7 @@ class Door:
         for listener in self._listeners:
             listener.close()
         self._listeners = []
+        self._addresses = []
         for name in self._names:
             await name.release()
         self._names = []

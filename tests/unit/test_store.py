@@ -1,6 +1,7 @@
 """Definitions survive whatever happens to the daemon, and a broken one takes no other with it."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ def make(name: str = "vm", cpus: int = 1, number: int = 1) -> Definition:
     return Definition(
         uuid=f"00000000-0000-4000-8000-{number:012x}",
         created=1.5,
+        index=number,
         spec=spec,
         requested=spec,
         properties=msgspec.Raw(b'{"name":"vm"}'),
@@ -89,6 +91,7 @@ BROKEN: dict[str, Callable[[bytes], bytes]] = {
     "an invalid spec": lambda data: data.replace(b'"cpus": 1', b'"cpus": 0'),
     "another name": lambda data: data.replace(b'"name": "bad"', b'"name": "other"'),
     "a uuid twice": lambda data: data.replace(b"000000000002", b"000000000001"),
+    "an index twice": lambda data: data.replace(b'"index": 2', b'"index": 1'),
     "too large": lambda data: data + b" " * (8 << 20),
 }
 
@@ -223,3 +226,16 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BackendError, match="Not a directory"):
         Store.open(str(tmp_path / "file" / "state"))
+
+
+def test_a_full_disk_leaves_what_was_there(store: Store) -> None:
+    store.save(make())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # as near to a full disk as a process can make it
+    try:
+        with pytest.raises(BackendError, match="write the definition of VM 'vm': File too large"):
+            store.save(make(cpus=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in file(store).parent.iterdir()] == ["vm.json"]
+    assert reopen(store)["vm"].spec.cpus == 1
