@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 import inspect
 import json
+import sys
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from aiohttp import web
@@ -14,6 +15,9 @@ from aiohttp import web
 from propolis import __version__
 from propolis.event_log import Event
 from propolis.http import ours, v5
+
+if TYPE_CHECKING:
+    import argparse
 
 routes = web.RouteTableDef()
 
@@ -127,14 +131,64 @@ VM_OPERATIONS = (
 
 
 def named_vm_operations() -> tuple[Operation, ...]:
-    """The operations of one VM among others: those of a VM, but its creation, below its name."""
+    """The operations of one VM among others, below its name: those of a VM, but for what the daemon has of its own."""
     return tuple(
         operation._replace(
             path=operation.path.replace("/instance", "/instances/{name}", 1), name=f"named_{operation.name}"
         )
         for operation in VM_OPERATIONS
-        if operation.name != "instance_ensure"
+        if operation.name not in ("instance_ensure", "instance_get")
     )
+
+
+def daemon_operations() -> tuple[Operation, ...]:
+    """Those of the daemon alone: the set of VMs, and the daemon itself."""
+    from propolis import doctor  # what the daemon asks for is known without it
+    from propolis.http import daemon_types as daemon
+
+    return (
+        Operation(
+            "get", "/instances", "instance_list", "All VMs, by name", query=daemon.ListQuery, status=200,
+            reply=daemon.InstanceList,
+        ),
+        Operation(
+            "put", "/instances/{name}", "named_instance_ensure",
+            "Create a VM, unless there is one of that spec; the body may be a TOML file as well",
+            body=v5.InstanceEnsureRequest, query=daemon.Keeping, status=201, reply=v5.InstanceEnsureResponse,
+        ),
+        Operation(
+            "post", "/instances/{name}", "named_instance_create", "The same as PUT", body=v5.InstanceEnsureRequest,
+            query=daemon.Keeping, status=201, reply=v5.InstanceEnsureResponse,
+        ),
+        Operation(
+            "get", "/instances/{name}", "named_instance_get", "What the VM is, and what became of it", status=200,
+            reply=daemon.InstanceReply,
+        ),
+        Operation(
+            "patch", "/instances/{name}", "named_instance_keep", "Change how the VM is kept", body=daemon.Keeping
+        ),
+        Operation(
+            "delete", "/instances/{name}", "named_instance_delete", "Delete a VM that does not run, or by force any",
+            query=daemon.DeleteQuery,
+        ),
+        Operation(
+            "get", "/events", "events",
+            "What happens to all VMs, as server-sent events, or by websocket; Last-Event-ID or ?after= goes on",
+            query=ours.EventsRequest, status=200, reply=Event, content_type="text/event-stream",
+        ),
+        Operation(
+            "get", "/doctor", "doctor", "What this host lacks for VMs, and how to mend it", status=200,
+            reply=doctor.Report,
+        ),
+        Operation("get", "/healthz", "healthz", "Whether the daemon serves", status=200, reply=daemon.HealthReply),
+        Operation(
+            "get", "/readyz", "readyz", "Whether VMs that ran were found again", status=200, reply=daemon.HealthReply
+        ),
+        Operation("get", "/version", "version", "What this is", status=200, reply=daemon.VersionReply),
+        Operation(
+            "get", "/metrics", "metrics", "Numbers for Prometheus", status=200, reply=str, content_type="text/plain"
+        ),
+    )  # fmt: skip
 
 
 def document(operations: tuple[Operation, ...]) -> Schema:
@@ -208,13 +262,24 @@ def _without_null(schema: Schema) -> Schema:
 
 # -- served ------------------------------------------------------------------------------------------------------------
 
-OPERATIONS = (*VM_OPERATIONS, *named_vm_operations())
+OPERATIONS = (*VM_OPERATIONS, *named_vm_operations(), *daemon_operations())
 
 
 @cache
 def text() -> str:
     """The document as it is served and as docs/openapi.json has it."""
     return json.dumps(document(OPERATIONS), indent=2) + "\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `propolis-server open-api`."""
+    parser.description = "Print the API as an OpenAPI document."
+
+
+def run(_: argparse.Namespace) -> int:
+    """Prints it."""
+    sys.stdout.write(text())
+    return 0
 
 
 @routes.get("/openapi.json")
