@@ -7,6 +7,7 @@ maps three files before it goes into its jail. All that is of the guest's making
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import logging
 import os
@@ -56,7 +57,7 @@ def preload() -> None:
     for name in _LATER:
         importlib.import_module(name)
     for _ in range(PRACTICE):
-        prepare()
+        _practise()
     try:
         jail.prepare()
     except JailError as error:
@@ -65,6 +66,11 @@ def preload() -> None:
 
 def prepare() -> None:
     """In a worker that waits for its VM: makes one as it will have to, so that the pages for that are there already."""
+    _practise()
+    gc.collect()  # what is left of it has descriptors: the jail closes their numbers, which are others' a moment later
+
+
+def _practise() -> None:
     spec = Spec(name="practice", cpus=1, memory_mib=16, boot=FirmwareBoot(bootrom="none"))
     nobody = uuid.UUID(int=0)
     metadata = v5.InstanceMetadata(
@@ -106,7 +112,7 @@ def main(ends: Ends) -> int:
         try:
             # From here on this process has nothing of the host but what it holds. The loop is made inside, where it
             # finds out what it may use.
-            jail.enter(_JAILS.decode(ends.start.options.jail))
+            jail.enter(_JAILS.decode(ends.start.options.jail), keep=[0, 1, 2, *worker.descriptors()])
         except JailError as error:
             return worker.give_up(error)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -124,6 +130,10 @@ class _Worker:
         self._history = history
         self._log_history = log_history
         self._generation = 0 if state.last is None else state.last.generation + 1
+
+    def descriptors(self) -> tuple[int, int]:
+        """All that it needs; the run directory's files are mapped."""
+        return self._keeper.fileno(), self._listener.fileno()
 
     def close(self) -> None:
         self._keeper.close()

@@ -18,11 +18,15 @@ import pytest
 from propolis import jail
 from propolis.http import v5
 from propolis.http.app import make_app, serve
+from propolis.jail import JailSettings
+from propolis.keeper_protocol import StartOptions
 from propolis.lifecycle import Request
+from propolis.run_directory import RunDirectory
 from propolis.spec import DirectBoot, FileBlock, PciPath, Spec, VirtioBlock
 from propolis.virtual_machine import VirtualMachine
+from propolis.zygote import Zygote
 from tests.machine import kernels
-from tests.unit.test_jail import LOOPS, Handed, Jails, Outcome, jails
+from tests.unit.test_jail import IS_ROOT, LOOPS, USER, Handed, Jails, Outcome, jails
 
 __all__ = ["jails"]  # a fixture
 
@@ -162,3 +166,47 @@ async def _says(console: aiohttp.ClientWebSocketResponse, words: bytes) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def prepared() -> None:
     jail.prepare()
+
+
+async def test_a_worker_holds_nothing_but_its_vm(tmp_path: Path) -> None:
+    """As the zygote makes it: its user, its privileges and what it has open while its guest runs on KVM."""
+    uid = USER if IS_ROOT else None
+    options = StartOptions(jail=msgspec.Raw(msgspec.json.encode(JailSettings(uid=uid))))
+    spec = msgspec.structs.replace(
+        SPEC,
+        boot=DirectBoot(kernel=str(tmp_path / "kernel")),
+        backends={"disk": FileBlock(path=str(tmp_path / "disk"))},
+    )
+    (tmp_path / "kernel").write_bytes(kernels.monitor())
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    with RunDirectory.create(str(tmp_path / "run")) as directory:
+        async with await Zygote.spawn() as zygote:
+            vm = await zygote.start_vm(directory, spec, PROPERTIES, options)
+            try:
+                async with (
+                    aiohttp.ClientSession(
+                        "http://vm", connector=aiohttp.UnixConnector(directory.socket_path)
+                    ) as client,
+                    client.put("/instance/state", json="Run"),
+                    client.ws_connect("/instance/serial?from_start=0") as console,
+                ):
+                    await _says(console, b"ready")
+                    status, open_files = _facts(vm.worker_pid or 0)
+            finally:
+                vm.kill_all()
+                await vm.wait()
+                vm.close()
+    assert status["Seccomp"] == "2"
+    assert status["NoNewPrivs"] == "1"
+    assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+    if IS_ROOT:
+        assert status["Uid"].split() == status["Gid"].split() == [str(USER)] * 4
+        assert int(status["CapBnd"], 16) == 0
+        paths = [name for name in open_files if name.startswith("/") and not name.startswith(("/dev/null", "/memfd:"))]
+        assert sorted(paths) == sorted(["/dev/kvm", str(tmp_path / "disk"), str(tmp_path / "kernel")])
+
+
+def _facts(pid: int) -> tuple[dict[str, str], list[str]]:
+    text = Path(f"/proc/{pid}/status").read_text()
+    status = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+    return status, [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()] if IS_ROOT else []
