@@ -9,6 +9,7 @@ import contextlib
 import functools
 import gc
 import os
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -22,8 +23,9 @@ _loops: "weakref.WeakSet[asyncio.AbstractEventLoop]" = weakref.WeakSet()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Lets uvloop's first loop open what it keeps for the whole process."""
+    """Lets uvloop's first loop open what it keeps for the whole process; programs are sent SIGHUP, under nohup too."""
     uvloop.new_event_loop().close()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # -- event loops -------------------------------------------------------------------------------------------------------
