@@ -87,7 +87,8 @@ def test_reset_forgets_interrupts(kvm_fd: int) -> None:
         line.drive(True)
         line.drive(False)
         machine.hold()
-        assert (count(machine, 5), machine.vm.memory.read(0x6000, 1)) == (1, b"\1")
+        # No handler ran again. Whether the halt ends is not asked: the edge may wake the processor in vain.
+        assert [count(machine, irq) for irq in range(16)] == [int(irq == 5) for irq in range(16)]
 
 
 # Protected mode, by the local APIC: lidt, software-enable it, then sti, say that it is ready, hlt. The handler counts,
