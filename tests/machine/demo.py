@@ -1,4 +1,6 @@
-"""What `make demo` shows: a Linux guest from power-on to power-off, with its console."""
+"""What `make demo` shows, the quick start: the daemon runs, and propolis-cli creates a Linux VM, runs it and attaches
+its console, where commands are run until the guest powers off; then the VM is deleted.
+"""
 
 import asyncio
 import sys
@@ -6,8 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.machine.daemon_guest import daemon_linux
 from tests.machine.guest import GuestError
-from tests.machine.linux import linux
 
 COMMANDS = [
     "uname -a",
@@ -30,9 +32,16 @@ async def demo(directory: Path) -> None:
     def step(what: str) -> None:
         print(f"\n[{time.monotonic() - started:6.1f} s] {what}", flush=True)
 
-    vm = linux(directory, name="demo", kernel="vmlinuz", cmdline="console=ttyS0", show=_console)
+    vm = daemon_linux(
+        directory,
+        name="demo",
+        kernel="vmlinuz",
+        cmdline="console=ttyS0",
+        show=_console,
+        tell=lambda what: step(f"$ {what}"),
+    )
     print((directory / "vm.toml").read_text())
-    step(f"starting: {Path(vm.argv[0]).name} vm.toml; its serial console:")
+    step("$ propolis-server run server.toml")
     async with vm:
         await vm.boot()
         step("the guest is up; logging in as root")
@@ -41,9 +50,10 @@ async def demo(directory: Path) -> None:
             (await vm.run(command)).check()
         step("powering off")
         status = await vm.poweroff()
+        print(await vm.cli("ls"))
     if status != 0:
-        raise GuestError(f"propolis-standalone ended with status {status}, expected 0")
-    step("OK: booted, logged in, ran commands, powered off; propolis-standalone ended with status 0")
+        raise GuestError(f"propolis-cli serial ended with status {status}, expected 0")
+    step("OK: created, booted, logged in, ran commands, powered off, deleted")
 
 
 def main() -> int:
