@@ -25,6 +25,7 @@ from propolis.console.history import ConsoleHistory
 from propolis.errors import JailError, PropolisError
 from propolis.http import v5
 from propolis.http.app import make_app, serve
+from propolis.http.slot import SLOT
 from propolis.keeper import LocalKeeper
 from propolis.keeper_protocol import RemoteKeeper
 from propolis.lifecycle import Record, Request, State
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 _PROPERTIES = msgspec.json.Decoder(v5.InstanceProperties)  # made in the zygote, as all of this module
 _JAILS = msgspec.json.Decoder(jail.JailSettings)
+_apps: list[web.Application] = []  # made in the zygote: one to practise with, one for the VM
 PRACTICE = 10  # so often, and the interpreter writes to what it runs no more
 _LATER = (  # what is imported where it is first needed: a worker in its jail finds no file
     "propolis.hypervisor._kvm",
@@ -57,7 +59,8 @@ def preload() -> None:
     for name in _LATER:
         importlib.import_module(name)
     for _ in range(PRACTICE):
-        _practise()
+        _practise(make_app(None))
+    _apps.extend(make_app(None) for _ in range(2))
     try:
         jail.prepare()
     except JailError as error:
@@ -66,11 +69,11 @@ def preload() -> None:
 
 def prepare() -> None:
     """In a worker that waits for its VM: makes one as it will have to, so that the pages for that are there already."""
-    _practise()
+    _practise(_apps.pop())
     gc.collect()  # what is left of it has descriptors: the jail closes their numbers, which are others' a moment later
 
 
-def _practise() -> None:
+def _practise(app: web.Application) -> None:
     spec = Spec(name="practice", cpus=1, memory_mib=16, boot=FirmwareBoot(bootrom="none"))
     nobody = uuid.UUID(int=0)
     metadata = v5.InstanceMetadata(
@@ -82,7 +85,8 @@ def _practise() -> None:
         history = ConsoleHistory(1)
         vm = VirtualMachine(spec, properties, LocalKeeper(), history=history, hypervisor="replay")
         try:
-            runner = web.AppRunner(make_app(vm, log=history))
+            app[SLOT].fill(vm, history)
+            runner = web.AppRunner(app)
             await runner.setup()
             await runner.cleanup()
         finally:
@@ -162,7 +166,9 @@ class _Worker:
             )
         except PropolisError as error:
             return self.give_up(error)
-        runner = await serve(make_app(vm, log=self._log_history), self._listener)
+        app = _apps.pop()
+        app[SLOT].fill(vm, self._log_history)
+        runner = await serve(app, self._listener)
         try:
             loop.add_signal_handler(signal.SIGTERM, vm.lifecycle.request, Request.STOP)
             self._keeper.report_ready()

@@ -20,7 +20,6 @@ cdef class IoPool:
     cdef uint64_t performed              # under: lock
     cdef list threads                    # written by: loop
     cdef list engines                    # keeps them alive while a thread may touch them; written by: loop
-    cdef uint8_t *zeros
     cdef iovec zero_vectors[ZERO_VECTORS]
 
     cdef void enqueue(self, Io *first, Io *last, uint32_t count) noexcept nogil

@@ -5,7 +5,6 @@ Nothing maps the file, so a file that shrinks under us is a short read, not a SI
 
 cimport cython
 from libc.errno cimport EINTR, EIO, ENOSYS, EOPNOTSUPP, errno
-from libc.stdlib cimport calloc, free
 from posix.signal cimport SIG_BLOCK, sigfillset, sigset_t
 from posix.types cimport off_t
 from posix.uio cimport preadv, pwritev
@@ -91,6 +90,9 @@ def punch_hole(fd: int, offset: int, length: int) -> int:
     return -allocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, &extent)
 
 
+cdef uint8_t[ZERO_BYTES] zeros  # only ever read, so no memory is needed for them
+
+
 @cython.no_gc_clear
 cdef class IoPool:
     """`threads` workers. Engines of any number of disks share them."""
@@ -101,11 +103,8 @@ cdef class IoPool:
         pthread_cond_init(&self.work, NULL)
         self.threads = []
         self.engines = []
-        self.zeros = <uint8_t *>calloc(1, ZERO_BYTES)
-        if self.zeros == NULL:
-            raise MemoryError
         for i in range(<uint32_t>ZERO_VECTORS):
-            self.zero_vectors[i].iov_base = self.zeros
+            self.zero_vectors[i].iov_base = zeros
             self.zero_vectors[i].iov_len = ZERO_BYTES
 
     def __init__(self, threads: int = 4) -> None:
@@ -116,7 +115,6 @@ cdef class IoPool:
 
     def __dealloc__(self) -> None:
         # No thread is left: each holds a reference to the pool.
-        free(self.zeros)
         pthread_cond_destroy(&self.work)
         pthread_mutex_destroy(&self.lock)
 

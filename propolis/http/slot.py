@@ -121,6 +121,11 @@ class Slot:
             if not scope.expired():
                 scope.reschedule(when)
 
+    def fill(self, vm: VirtualMachine, log: HistoryReader) -> None:
+        """The VM that this place was made for before it was there."""
+        self._vm = vm
+        self._log = log
+
     def let_go(self) -> None:
         """Nothing is asked any more."""
         self._vm = self._create = self._log = None
