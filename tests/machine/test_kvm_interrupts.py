@@ -71,7 +71,7 @@ def test_a_line_that_moves_takes_its_level_along(kvm_fd: int) -> None:
 
 
 def test_reset_forgets_interrupts(kvm_fd: int) -> None:
-    """After a reset the PIC is as at power-on: KVM's has vector base 0 then, not what the guest had set, and no mask."""
+    """After a reset the PIC is as at power-on: KVM's has vector base 0 then, not what the guest set, and no mask."""
     with pic_guest(kvm_fd) as machine:
         memory = machine.vm.memory
         line = IrqLine(machine.vm, 5)
