@@ -8,6 +8,7 @@ from propolis._interrupts import IrqLine, MsiVector
 from propolis.errors import HypervisorError
 from propolis.hypervisor.state import DescriptorTable
 from tests import rig
+from tests.machine import pic
 
 pytestmark = pytest.mark.kvm
 
@@ -18,65 +19,38 @@ HANDLER = 0x2000
 VECTOR = 0x41
 READY = 0x5010
 
-# Real mode, by the PIC: initialise both to vectors 0x20 and 0x28, unmask all, sti, say that it is ready, hlt.
-PIC_GUEST = (
-    "fa b0 11 e6 20 e6 a0 b0 20 e6 21 b0 28 e6 a1 b0 04 e6 21 b0 02 e6 a1 b0 01 e6 21 e6 a1"
-    "b0 fb e6 21 b0 ff e6 a1"  # only the cascade yet
-    "{mask} fb c6 06 10 50 01 f4 eb fd"
-)
-# inc byte [bx...]: each vector's handler counts in its own byte, ends the interrupt at both PICs, iret.
-PIC_HANDLER = "fe 06 {counter} 50 b0 20 e6 a0 e6 20 cf"
-
-
-def pic_guest(kvm_fd: int) -> rig.OnKvm:
-    machine = rig.kvm(kvm_fd, bytes.fromhex(PIC_GUEST.format(mask="b0 00 e6 21 e6 a1")))
-    memory = machine.vm.memory
-    for irq in range(16):
-        vector = 0x20 + irq
-        handler = HANDLER + 0x20 * irq
-        memory.write(vector * 4, handler.to_bytes(2, "little") + bytes(2))
-        memory.write(handler, bytes.fromhex(PIC_HANDLER.format(counter=f"{0x20 + irq:02x}")))
-    machine.start()
-    machine.spin_until("the guest is ready", lambda: memory.read(READY, 1) == b"\1")
-    return machine
-
-
-def count(machine: rig.OnKvm, irq: int) -> int:
-    return machine.vm.memory.read(0x5020 + irq, 1)[0]
-
-
 @pytest.mark.parametrize("irq", [1, 3, 4, 5, 8, 10, 11, 12, 15])
 def test_a_line_reaches_the_guest_through_the_pic(kvm_fd: int, irq: int) -> None:
     """One interrupt for each rising edge, on its own vector alone."""
-    with pic_guest(kvm_fd) as machine:
+    with pic.start(pic.guest(kvm_fd)) as machine:
         line = IrqLine(machine.vm, irq)
         for number in range(1, 11):
             line.drive(True)
-            machine.spin_until(f"interrupt {number}", lambda: count(machine, irq) == number)
+            machine.spin_until(f"interrupt {number}", lambda: pic.count(machine, irq) == number)
             line.drive(False)
-        assert [count(machine, other) for other in range(1, 16)] == [10 * (n == irq) for n in range(1, 16)]
+        assert [pic.count(machine, other) for other in range(1, 16)] == [10 * (n == irq) for n in range(1, 16)]
 
 
 def test_a_line_that_moves_takes_its_level_along(kvm_fd: int) -> None:
-    with pic_guest(kvm_fd) as machine:
+    with pic.start(pic.guest(kvm_fd)) as machine:
         line = IrqLine(machine.vm, 10)
         line.drive(True)
-        machine.spin_until("interrupt 10", lambda: count(machine, 10) == 1)
+        machine.spin_until("interrupt 10", lambda: pic.count(machine, 10) == 1)
         line.reroute(11)
-        machine.spin_until("interrupt 11", lambda: count(machine, 11) == 1)
+        machine.spin_until("interrupt 11", lambda: pic.count(machine, 11) == 1)
         line.drive(False)
         line.drive(True)
-        machine.spin_until("interrupt 11 again", lambda: count(machine, 11) == 2)
-        assert count(machine, 10) == 1
+        machine.spin_until("interrupt 11 again", lambda: pic.count(machine, 11) == 2)
+        assert pic.count(machine, 10) == 1
 
 
 def test_reset_forgets_interrupts(kvm_fd: int) -> None:
     """After a reset the PIC is as at power-on: KVM's has vector base 0 then, not what the guest set, and no mask."""
-    with pic_guest(kvm_fd) as machine:
+    with pic.start(pic.guest(kvm_fd)) as machine:
         memory = machine.vm.memory
         line = IrqLine(machine.vm, 5)
         line.drive(True)
-        machine.spin_until("an interrupt", lambda: count(machine, 5) == 1)
+        machine.spin_until("an interrupt", lambda: pic.count(machine, 5) == 1)
         machine.hold()
         machine.vm.reset()  # with the line up, and the interrupt acknowledged
         machine.vcpus[0].reset()
@@ -88,11 +62,11 @@ def test_reset_forgets_interrupts(kvm_fd: int) -> None:
         machine.spin_until("the guest", lambda: memory.read(0x6000, 1) == b"\1")
         line.drive(False)
         line.drive(True)
-        machine.spin_until("an interrupt at the base of power-on", lambda: count(machine, 5) == 2)
+        machine.spin_until("an interrupt at the base of power-on", lambda: pic.count(machine, 5) == 2)
         machine.spin_until("the halt's end", lambda: memory.read(0x6000, 1) == b"\2")
         machine.hold()
         assert memory.read(0x6000, 1) == b"\2"
-        assert [count(machine, irq) for irq in range(16)] == [2 * (irq == 5) for irq in range(16)]
+        assert [pic.count(machine, irq) for irq in range(16)] == [2 * (irq == 5) for irq in range(16)]
 
 
 # Protected mode, by the local APIC: lidt, software-enable it, then sti, say that it is ready, hlt. The handler counts,
