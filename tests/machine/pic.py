@@ -17,7 +17,7 @@ _HANDLER = "50 fe 06 {count} 50 {serve} b0 20 e6 a0 e6 20 58 cf"
 
 
 def guest(kvm_fd: int, setup: str = "", serve: dict[int, str] | None = None) -> rig.OnKvm:
-    """To be started. `setup` is run before interrupts come, `serve` when the one of its number does; both may use al."""
+    """To be started. `setup` runs before interrupts come, `serve` when the one of its number does; both may use al."""
     machine = rig.kvm(kvm_fd, bytes.fromhex(_PICS + setup + _WAIT))
     memory = machine.vm.memory
     for irq in range(16):

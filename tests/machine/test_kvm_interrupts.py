@@ -19,6 +19,7 @@ HANDLER = 0x2000
 VECTOR = 0x41
 READY = 0x5010
 
+
 @pytest.mark.parametrize("irq", [1, 3, 4, 5, 8, 10, 11, 12, 15])
 def test_a_line_reaches_the_guest_through_the_pic(kvm_fd: int, irq: int) -> None:
     """One interrupt for each rising edge, on its own vector alone."""
