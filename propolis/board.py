@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from propolis import spec as model
 from propolis.backends._iopool import IoPool
 from propolis.backends.block.file import FileBackend
+from propolis.devices.keyboard_controller import KeyboardController
 from propolis.devices.pci.bus import Windows
 from propolis.devices.pci.chipset import Chipset
 from propolis.devices.pm import PowerManagement
@@ -55,6 +56,7 @@ class Board:
         self.debug_console = DebugConsole(vm)
         self.devices: list[Device] = [
             legacy,
+            KeyboardController(vm, power, has_devices=False),
             self.power,
             RealTimeClock(vm, low.size, sum(part.size for part in high)),
             self.debug_console,

@@ -1,8 +1,7 @@
-"""The small fixed ports of a PC: resets and POST code, the keyboard controller, the debug console, pvpanic."""
+"""The small fixed ports of a PC: resets and POST code, the debug console, pvpanic."""
 
 from typing import TYPE_CHECKING
 
-from propolis.devices._i8042 import CommandPort, Controller, DataPort
 from propolis.devices._ports import DebugPort, FastA20, PostPort, PvpanicPort, ResetControl
 from propolis.devices.device import Device
 
@@ -11,8 +10,6 @@ if TYPE_CHECKING:
 
     from propolis._vmm import Vm
 
-KEYBOARD_DATA = 0x60
-KEYBOARD_COMMAND = 0x64
 POST_CODE = 0x80
 FAST_A20 = 0x92
 DEBUG_CONSOLE = 0x402
@@ -28,14 +25,11 @@ class LegacyPorts(Device):
         self.reset_control = ResetControl(vm, slot)
         self._a20 = FastA20(vm, slot)
         self._post = PostPort()
-        self._keyboard = Controller(vm, slot)
-        vm.pio.add(DataPort(self._keyboard), KEYBOARD_DATA, 1)
-        vm.pio.add(CommandPort(self._keyboard), KEYBOARD_COMMAND, 1)
         vm.pio.add(self._post, POST_CODE, 1)
         vm.pio.add(self._a20, FAST_A20, 1)
 
     def reset(self) -> None:
-        for part in (self.reset_control, self._a20, self._post, self._keyboard):
+        for part in (self.reset_control, self._a20, self._post):
             part.reset()
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from propolis._bus import Window
 from propolis._interrupts import Doorbell
+from propolis.devices.keyboard_controller import KeyboardController
 from propolis.devices.pci._function import PciFunction
 from propolis.devices.pci.chipset import Chipset
 from propolis.devices.pm import PowerManagement
@@ -37,11 +38,12 @@ class Board:
         self.vm = vm
         power = vm.mailbox.register(int)
         legacy = LegacyPorts(vm, power)
+        self.keyboard = KeyboardController(vm, power, has_devices=True)
         self.pm = PowerManagement(vm, power)
         self.rtc = RealTimeClock(vm, 64 * MIB, 0)
         self.debug = DebugConsole(vm)
         self.serials = [Serial(vm, 1), Serial(vm, 2)]
-        self.devices = [legacy, self.pm, self.rtc, self.debug, Pvpanic(vm, power), *self.serials]
+        self.devices = [legacy, self.keyboard, self.pm, self.rtc, self.debug, Pvpanic(vm, power), *self.serials]
         self.chipset = Chipset(vm, legacy.reset_control)
         self.functions = [self._function(number) for number in FUNCTIONS]
 
@@ -97,6 +99,8 @@ def loop_side(board: Board, dice: random.Random) -> list[Callable[[], object]]:
         lambda: serial.feed(dice.randbytes(dice.randrange(40))), serial.feed_break, serial.stats, board.debug.stats,
         board.pm.press_power_button, lambda: board.pm.raise_gpe(dice.randrange(16)),
         lambda: board.pm.announce_hotplug(added=1 << dice.randrange(32), unwanted=dice.getrandbits(32)),
+        lambda: board.keyboard.key(dice.randrange(256), dice.random() < 0.5),
+        lambda: board.keyboard.move(dice.randint(-300, 300), dice.randint(-300, 300), 0, dice.randrange(8)),
         board.rtc._rtc.tick, board.pm._pm1.tick, function.bar_list, msix.stats,
         lambda: function.drive_intx(dice.random() < 0.5),
         lambda: msix.trigger(dice.randrange(5)),

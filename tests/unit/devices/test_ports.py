@@ -1,4 +1,4 @@
-"""Resets, the keyboard controller's answers, the debug console and pvpanic, from the guest's side."""
+"""Resets, the debug console and pvpanic, from the guest's side."""
 
 import random
 from collections.abc import Iterator
@@ -9,8 +9,6 @@ from propolis.devices.pci.chipset import Chipset
 from propolis.devices.ports import DebugConsole, LegacyPorts, Pvpanic
 from propolis.devices.power import PowerEvent
 from propolis.hypervisor._replay import ReplayVm
-
-DATA, COMMAND = 0x60, 0x64
 
 
 class Bench:
@@ -43,12 +41,6 @@ class Bench:
     def close(self) -> None:
         """Nothing refers to the machine any more, so that its descriptors go."""
         self.__dict__.clear()
-
-    def answers(self) -> bytes:
-        found = bytearray()
-        while self.read(COMMAND, 1) & 1:
-            found.append(self.read(DATA, 1))
-        return bytes(found)
 
 
 @pytest.fixture
@@ -93,81 +85,6 @@ def test_post_code(bench: Bench) -> None:
     assert bench.read(0x80, 1) == 0xA5
 
 
-@pytest.mark.parametrize(("command", "is_reset"), [(0xFE, True), (0xF0, True), (0xFF, False), (0xFD, False)])
-def test_keyboard_controller_pulse(bench: Bench, command: int, is_reset: bool) -> None:
-    assert bench.read(COMMAND, 1) & 0x02 == 0  # what a reboot waits for
-    bench.write(COMMAND, 1, command)
-    assert bool(bench.events() & PowerEvent.RESET) == is_reset
-
-
-def test_keyboard_controller_output_port(bench: Bench) -> None:
-    bench.write(COMMAND, 1, 0xD0)
-    assert bench.answers() == b"\xc3"
-    bench.write(COMMAND, 1, 0xD1)
-    bench.write(DATA, 1, 0xDF)
-    bench.write(COMMAND, 1, 0xDD)
-    bench.write(COMMAND, 1, 0xD0)
-    assert bench.answers() == b"\xdd"
-    assert not bench.events()
-    bench.write(COMMAND, 1, 0xD1)
-    bench.write(DATA, 1, 0xDE)
-    assert bench.events() == PowerEvent.RESET
-
-
-def test_keyboard_controller_probe(bench: Bench) -> None:
-    """Flush, read and write the command byte, self-test, look for a mouse port, find no device on either."""
-    assert bench.answers() == b""
-    assert bench.read(COMMAND, 1) & 0x10  # not locked
-    bench.write(COMMAND, 1, 0x20)
-    control = bench.answers()[0]
-    assert control & 0x40
-    bench.write(COMMAND, 1, 0xAA)
-    assert bench.answers() == b"\x55"
-    bench.write(COMMAND, 1, 0x60)
-    bench.write(DATA, 1, 0x47)
-    bench.write(COMMAND, 1, 0x20)
-    assert bench.answers() == b"\x47"
-    bench.write(COMMAND, 1, 0xAB)
-    assert bench.answers() == b"\x00"
-    bench.write(COMMAND, 1, 0xD3)
-    bench.write(DATA, 1, 0x5A)
-    assert bench.read(COMMAND, 1) & 0x21 == 0x01  # not from a mouse
-    assert bench.answers() == b"\x5a"
-    bench.write(COMMAND, 1, 0xA9)
-    assert bench.answers() == b"\x01"
-    bench.write(DATA, 1, 0xF2)
-    assert bench.vm.line_level(1)
-    assert bench.read(COMMAND, 1) & 0x41 == 0x41  # timed out
-    assert bench.answers() == b"\xfe"
-    assert not bench.vm.line_level(1)
-    bench.write(COMMAND, 1, 0xD4)
-    bench.write(DATA, 1, 0xF2)
-    assert bench.vm.line_level(12)
-    assert not bench.vm.line_level(1)
-    assert bench.read(COMMAND, 1) & 0x61 == 0x61
-    assert bench.answers() == b"\xfe"
-    assert not bench.vm.line_level(12)
-
-
-def test_keyboard_queue_is_bounded_and_edges_are_kept(bench: Bench) -> None:
-    bench.write(COMMAND, 1, 0x60)
-    bench.write(DATA, 1, 0x01)
-    for _ in range(100):
-        bench.write(DATA, 1, 0xED)
-    bench.vm.take_interrupts()
-    assert bench.answers() == b"\xfe" * 16
-    assert bench.vm.take_interrupts() == [("line", 1, 0), ("line", 1, 1)] * 15 + [("line", 1, 0)]
-    assert bench.read(DATA, 1) == 0xFE  # an empty buffer repeats itself
-
-
-def test_an_argument_that_never_comes(bench: Bench) -> None:
-    bench.write(COMMAND, 1, 0x60)
-    bench.write(COMMAND, 1, 0xAA)
-    assert bench.answers() == b"\x55"
-    bench.write(DATA, 1, 0xFF)  # is for the keyboard now
-    assert bench.answers() == b"\xfe"
-
-
 def test_debug_console(bench: Bench) -> None:
     assert bench.read(0x402, 1) == 0xE9
     for byte in b"SEC entry\n":
@@ -199,7 +116,7 @@ def test_fuzz(seed: int) -> None:
     bench = Bench()
     source = random.Random(seed)
     for _ in range(3000):
-        port = source.choice((DATA, COMMAND, COMMAND, 0x80, 0x92, 0x402, 0x505, 0xCF8, 0xCF9, 0xCFC, 0xCFF))
+        port = source.choice((0x80, 0x92, 0x402, 0x505, 0xCF8, 0xCF9, 0xCFC, 0xCFF))
         size = source.choice((1, 1, 1, 2, 4, 8))
         if source.randrange(2):
             bench.write(port, size, source.getrandbits(64))
@@ -207,8 +124,5 @@ def test_fuzz(seed: int) -> None:
             bench.read(port, size)
     bench.vm.mailbox.dispatch()
     bench.ports.reset()
-    assert bench.answers() == b""
-    assert not bench.vm.line_level(1)
-    assert not bench.vm.line_level(12)
     assert bench.read(0x92, 1) == 0x02
     bench.close()
