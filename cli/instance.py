@@ -142,12 +142,11 @@ def _spec_fields(spec: v5.InstanceSpecStatus) -> list[tuple[str, str]]:
     board, more = spec.value.board, spec.value.extensions
     fields = [("cpus", str(board.cpus)), ("memory", f"{board.memory_mb} MiB")]
     boot = None if more is None else more.boot
-    if isinstance(boot, v5.DirectBoot):
-        fields.append(("kernel", boot.kernel))
-        fields += [("initrd", boot.initrd)] if boot.initrd else []
-        fields += [("cmdline", boot.cmdline)] if boot.cmdline else []
-    elif boot is not None:
+    if isinstance(boot, v5.FirmwareBoot):
         fields.append(("bootrom", boot.bootrom))
+    if boot is not None:
+        named = (("kernel", boot.kernel), ("initrd", boot.initrd), ("cmdline", boot.cmdline))
+        fields += [(name, value) for name, value in named if value]
     files = {
         key: component.component
         for key, component in spec.value.components.items()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from propolis._vmm import Vm
     from propolis.devices.device import Device
-    from propolis.firmware.layout import Range
+    from propolis.firmware.layout import DeviceWindows
 
 
 class DiskOpener(Protocol):
@@ -43,12 +43,12 @@ class Board:
         vm: Vm,
         spec: model.Spec,
         keeper: DiskOpener,
-        mmio64: Range,
+        windows: DeviceWindows,
         on_power: Callable[[PowerEvent], None],
         undo: ExitStack,
     ) -> None:
         self._spec = spec
-        self._mmio64 = mmio64
+        self._windows = windows
         power = vm.mailbox.register(lambda bits: on_power(PowerEvent(bits)))
         low, *high = ram_ranges(spec.memory_mib << 20)
         legacy = LegacyPorts(vm, power)
@@ -100,7 +100,8 @@ class Board:
 
     def program(self) -> None:
         """What firmware does on a real machine: assigns BARs and interrupts, switches decoding on."""
-        self.chipset.assign(Windows(mmio64=range(self._mmio64.base, self._mmio64.end)))
+        low, high = self._windows.mmio32, self._windows.mmio64
+        self.chipset.assign(Windows(mmio32=range(low.base, low.end), mmio64=range(high.base, high.end)))
 
     def reset(self) -> None:
         """To power-on: nothing on the bus is assigned any more; the vCPUs are held."""
@@ -116,7 +117,7 @@ class Board:
         """What the ACPI tables say about this board."""
         return TableBoard(
             cpus=self._spec.cpus,
-            mmio64=self._mmio64,
+            windows=self._windows,
             uarts=tuple(sorted(self.serial_ports)),
             pvpanic=any(isinstance(device, model.Pvpanic) and device.enable_isa for device in self._spec.devices),
         )

@@ -14,6 +14,7 @@ import msgspec
 from propolis import spec as model
 from propolis.errors import ConfigError
 from propolis.names import default_folder
+from propolis.toml_boot import take_boot
 from propolis.toml_devices import DeviceTables, place_in_file
 from propolis.toml_table import (
     NOT_HERE,
@@ -277,7 +278,7 @@ class _Reader:
             chipset.wrong("enable-pcie", f"enable-pcie = true {NOT_HERE}", is_key=True)
         chipset.finish()
         root.unavailable("pci_bridge")
-        boot = self._boot(root)
+        boot = take_boot(root, self._path)
         backends = self._device_tables.backends(root.table("block_dev"))
         devices = self._device_tables.devices(root.table("dev"))
         try:
@@ -295,20 +296,6 @@ class _Reader:
                 path, is_key = _place(problem.where, devices)
                 self._log.add(path, problem.message if is_key else f"{path[-1]}: {problem.message}", is_key=is_key)
         return Defaults(boot=boot, devices=tuple(devices), backends=backends)
-
-    def _boot(self, root: Table) -> model.Boot | None:
-        kernel = root.take("kernel", self._path, None)
-        initrd = root.take("initrd", self._path, None)
-        cmdline = root.take("cmdline", text, None)
-        bootrom = root.take("bootrom", self._path, None)
-        if "bootrom" in root and "kernel" in root:
-            root.wrong("bootrom", "'bootrom' and 'kernel' are both given: expected one of them", is_key=True)
-        if kernel is not None:
-            return model.DirectBoot(kernel=kernel, initrd=initrd, cmdline=cmdline or "")
-        for key in ("initrd", "cmdline"):
-            if key in root and "kernel" not in root:
-                root.wrong(key, f"{key!r} is given without 'kernel'", is_key=True)
-        return model.FirmwareBoot(bootrom=bootrom) if bootrom is not None else None
 
     def _path(self, value: object) -> str:
         return os.path.normpath(self._device_tables.path(value))

@@ -39,7 +39,7 @@ from propolis.keeper_protocol import (
 )
 from propolis.processes import Process
 from propolis.run_directory import MAX_WORDS, ExitRecord, RunDirectory
-from propolis.spec import DirectBoot, Spec
+from propolis.spec import Spec, boot_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -221,9 +221,7 @@ class Opener:
 
     def __init__(self, spec: Spec) -> None:
         self._local = LocalKeeper()
-        boot = spec.boot
-        images = (boot.kernel, boot.initrd) if isinstance(boot, DirectBoot) else (boot.bootrom,)
-        self._images = {path for path in images if path is not None}
+        self._images = set(boot_files(spec.boot))
         self._disks = {backend.path for backend in spec.backends.values()}
         self._writable = {backend.path for backend in spec.backends.values() if not backend.readonly}
 

@@ -12,12 +12,14 @@ import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol
 
+from propolis import offer, threads
 from propolis import spec as model
-from propolis import threads
 from propolis.board import Board
+from propolis.devices.fw_cfg import FirmwareConfig
 from propolis.devices.power import PowerEvent
 from propolis.errors import HypervisorError, PauseError
 from propolis.firmware import acpi, boot, layout
+from propolis.firmware.bootrom import load as load_bootrom
 from propolis.hypervisor import create_vcpu, open_vm
 from propolis.hypervisor.cpuid import machine_cpuid, vcpu_cpuid
 from propolis.lifecycle import GuestEvent
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from io import FileIO
 
     from propolis.devices.device import Device
+    from propolis.firmware.board import Board as TableBoard
     from propolis.hypervisor import MachineVcpu
     from propolis.hypervisor.cpuid import Entry
     from propolis.hypervisor.state import Registers
@@ -76,11 +79,13 @@ class Machine:
 
     def _build(self, spec: model.Spec, keeper: Keeper, hypervisor: str, undo: ExitStack) -> None:
         memory_size = spec.memory_mib << 20
-        if isinstance(spec.boot, model.DirectBoot):
-            self._kernel = undo.enter_context(keeper.open_image(spec.boot.kernel, "kernel"))
-            self._initrd = None
-            if spec.boot.initrd is not None:
-                self._initrd = undo.enter_context(keeper.open_image(spec.boot.initrd, "initrd"))
+
+        def image(path: str | None, what: str) -> FileIO | None:
+            return undo.enter_context(keeper.open_image(path, what)) if path is not None else None
+
+        self._kernel = image(spec.boot.kernel, "kernel")
+        self._initrd = image(spec.boot.initrd, "initrd")
+        bootrom = image(spec.boot.bootrom, "bootrom") if isinstance(spec.boot, model.FirmwareBoot) else None
         kvm_fd = keeper.open_hypervisor() if hypervisor == "kvm" else -1
         if kvm_fd >= 0:
             undo.callback(os.close, kvm_fd)
@@ -90,6 +95,8 @@ class Machine:
             raise HypervisorError(f"{spec.cpus} CPUs: this host's hypervisor gives a VM {self.vm.max_vcpus()}")
         for ram in layout.ram_ranges(memory_size):
             self.vm.memory.add(ram.base, ram.size, spec.memory_backing)
+        if bootrom is not None:
+            load_bootrom(self.vm.memory, bootrom)
         self.vm.map_memory()
         self.cpuid = machine_cpuid(
             self.vm.supported_cpuid(), spec.cpus, spec.hypervisor_interface, self.vm.has_deadline_timer()
@@ -99,10 +106,24 @@ class Machine:
             undo.callback(vcpu.close)
             vcpu.set_cpuid(vcpu_cpuid(self.cpuid, index))
             self.vcpus.append(vcpu)
-        window64 = layout.mmio64_window(memory_size, _physical_bits(self.cpuid))
-        self.board = Board(self.vm, spec, keeper, window64, self._on_power, undo)
+        place = layout.firmware_windows if bootrom is not None else layout.device_windows
+        windows = place(memory_size, _physical_bits(self.cpuid))
+        self.board = Board(self.vm, spec, keeper, windows, self._on_power, undo)
         self.devices: list[Device] = self.board.devices
-        self._tables = acpi.build(self.board.tables())
+        tables = self.board.tables()
+        if bootrom is not None:
+            self._offer(memory_size, tables)
+        else:
+            self._tables = acpi.build(tables)
+
+    def _offer(self, memory_size: int, tables: TableBoard) -> None:
+        """What firmware finds in fw_cfg."""
+        config = FirmwareConfig(self.vm)
+        offer.offer_machine(config, memory_size, tables)
+        if self._kernel is not None:
+            offer.offer_kernel(config, self._kernel, self._initrd, self.spec.boot.cmdline)
+        config.publish()
+        self.devices.append(config)
 
     def _on_power(self, events: PowerEvent) -> None:
         if events & (PowerEvent.PANICKED | PowerEvent.CRASH_LOADED) and not self._is_panicked:
@@ -145,18 +166,20 @@ class Machine:
         self._release()
 
     def _power_on(self) -> None:
-        """Programs the board as firmware would and loads the boot image; vCPU 0 is then at its entry."""
+        """Where there is no firmware, does its work: vCPU 0 is then at the entry of the kernel, else at the ROM's."""
+        if isinstance(self.spec.boot, model.FirmwareBoot):
+            return
+        assert self._kernel is not None
         self.board.program()
-        if isinstance(self.spec.boot, model.DirectBoot):
-            entry = boot.load(
-                self.vm.memory,
-                self.spec.memory_mib << 20,
-                self._kernel,
-                initrd=self._initrd,
-                cmdline=self.spec.boot.cmdline,
-                tables=self._tables,
-            )
-            self.vcpus[0].set_registers(entry.registers)
+        entry = boot.load(
+            self.vm.memory,
+            self.spec.memory_mib << 20,
+            self._kernel,
+            initrd=self._initrd,
+            cmdline=self.spec.boot.cmdline,
+            tables=self._tables,
+        )
+        self.vcpus[0].set_registers(entry.registers)
 
     def _release(self) -> None:
         for vcpu in self.vcpus:

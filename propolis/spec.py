@@ -101,12 +101,21 @@ class DirectBoot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class FirmwareBoot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="firmware"):
-    """Start firmware from the top of the address space and let it find a system."""
+    """Start firmware from the top of the address space and let it find a system, or start the kernel it is offered."""
 
     bootrom: str
+    kernel: str | None = None
+    initrd: str | None = None
+    cmdline: str = ""
 
 
 Boot = DirectBoot | FirmwareBoot
+
+
+def boot_files(boot: Boot) -> list[str]:
+    """The paths of what a VM boots."""
+    bootrom = boot.bootrom if isinstance(boot, FirmwareBoot) else None
+    return [path for path in (bootrom, boot.kernel, boot.initrd) if path is not None]
 
 
 class VirtioBlock(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="virtio-block"):
@@ -211,8 +220,12 @@ def _board_problems(spec: Spec) -> Iterator[Problem]:
 def _boot_problems(boot: Boot) -> Iterator[Problem]:
     if isinstance(boot, FirmwareBoot):
         yield from _path_problems(("boot", "bootrom"), boot.bootrom)
-        return
-    yield from _path_problems(("boot", "kernel"), boot.kernel)
+        if boot.kernel is None:
+            for key, value in (("initrd", boot.initrd), ("cmdline", boot.cmdline)):
+                if value:
+                    yield Problem(("boot", key), "expected a kernel beside it")
+    if boot.kernel is not None:
+        yield from _path_problems(("boot", "kernel"), boot.kernel)
     if boot.initrd is not None:
         yield from _path_problems(("boot", "initrd"), boot.initrd)
     if "\0" in boot.cmdline or "\n" in boot.cmdline:

@@ -9,6 +9,7 @@ import os
 from typing import Literal
 
 from propolis import spec as model
+from propolis.toml_boot import take_boot
 from propolis.toml_devices import DeviceTables, place_in_file
 from propolis.toml_table import (
     NOT_HERE,
@@ -104,20 +105,12 @@ class _Reader:
             return None
 
     def _boot(self, main: Table) -> model.Boot:
-        kernel = main.take("kernel", self._devices.path, None)
-        initrd = main.take("initrd", self._devices.path, None)
-        cmdline = main.take("cmdline", text, "")
-        main.take("bootrom", self._devices.path, None)
-        if "bootrom" in main and "kernel" in main:
-            main.wrong("bootrom", "'bootrom' and 'kernel' are both given: expected 'kernel' alone", is_key=True)
-        elif "bootrom" in main:
-            message = (
-                "'bootrom' is known, but this version only boots a kernel directly: expected 'kernel' in its place"
-            )
-            main.wrong("bootrom", message, is_key=True)
-        elif "kernel" not in main:
-            main.wrong("kernel", "[main] has no 'kernel': expected the path of a Linux kernel", is_key=True)
-        return model.DirectBoot(kernel=kernel or "?", initrd=initrd, cmdline=cmdline)
+        boot = take_boot(main, self._devices.path)
+        if boot is None:
+            message = "[main] has no 'kernel' and no 'bootrom': expected the path of a Linux kernel, or of firmware"
+            main.wrong("kernel", message, is_key=True)
+            return model.DirectBoot(kernel="?")
+        return boot
 
 
 def _place_in_file(where: Path, devices: list[model.Device]) -> tuple[Path, bool]:

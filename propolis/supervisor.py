@@ -33,7 +33,7 @@ from propolis.keeper_protocol import StartOptions
 from propolis.lifecycle import State
 from propolis.run_directory import RunDirectory
 from propolis.running_vm import RunningVm, find_running
-from propolis.spec import DirectBoot, Spec
+from propolis.spec import Spec, boot_files
 from propolis.state_file import StateRecord
 from propolis.store import Definition, Restart, Store
 
@@ -614,9 +614,7 @@ def check_paths(spec: Spec, allowed: tuple[str, ...] | None) -> None:
 
 def paths_of(spec: Spec) -> list[str]:
     """The files that a VM needs."""
-    boot = spec.boot
-    images = (boot.kernel, boot.initrd) if isinstance(boot, DirectBoot) else (boot.bootrom,)
-    return [*filter(None, images), *(backend.path for backend in spec.backends.values())]
+    return [*boot_files(spec.boot), *(backend.path for backend in spec.backends.values())]
 
 
 @functools.cache

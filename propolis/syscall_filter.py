@@ -220,7 +220,7 @@ _REFUSED: dict[str, tuple[int, tuple[Rule, ...]]] = {
 _ALLOWED: dict[str, tuple[str, dict[str, tuple[Rule, ...]]]] = {
     "worker": (_OF_ALL + _OF_THE_LOOP, _CHECKED_OF_ALL | _CHECKED_OF_THE_LOOP),
     "vcpu": (
-        _OF_ALL + "timerfd_settime",
+        _OF_ALL + "timerfd_settime pread64",
         {**_CHECKED_OF_ALL, "ioctl": tuple((Compare(1, request),) for request in KVM_OF_VCPU_THREADS)},
     ),
     "io": (_OF_ALL + "preadv pwritev fdatasync fallocate", _CHECKED_OF_ALL),

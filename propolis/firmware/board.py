@@ -2,7 +2,7 @@
 
 from msgspec import Struct
 
-from propolis.firmware.layout import Range
+from propolis.firmware.layout import DeviceWindows
 
 CPUS_MAX = 64
 
@@ -11,6 +11,6 @@ class Board(Struct, frozen=True, kw_only=True):
     """Everything else in the tables is the same for every machine."""
 
     cpus: int  # local APIC ids are 0 to cpus - 1
-    mmio64: Range  # layout.mmio64_window()
+    windows: DeviceWindows
     uarts: tuple[int, ...] = (1,)  # numbers of the COM ports present, of 1 to 4
     pvpanic: bool = False

@@ -46,7 +46,7 @@ def build(board: Board) -> bytes:
                 _processors(board),
                 _pci_root(board),
                 _links(),
-                _motherboard(),
+                _motherboard(board),
             ),
             _hotplug_event(),
             # Soft-off is sleep type 0 in PM1_CNT; the third and fourth element are reserved (ACPI 6.5 §7.4.2.6)
@@ -64,6 +64,7 @@ def _processors(board: Board) -> bytes:
 
 
 def _pci_root(board: Board) -> bytes:
+    low, high = board.windows.mmio32, board.windows.mmio64
     return aml.device(
         "PCI0",
         aml.name("_HID", aml.eisa_id("PNP0A03")),
@@ -75,8 +76,8 @@ def _pci_root(board: Board) -> bytes:
                 aml.io(0xCF8, 8),
                 aml.word_io(0, 0xCF7),
                 aml.word_io(0xD00, 0xFFFF),
-                aml.dword_memory(layout.MMIO32.base, layout.MMIO32.size),
-                aml.qword_memory(board.mmio64.base, board.mmio64.size),
+                aml.dword_memory(low.base, low.size),
+                aml.qword_memory(high.base, high.size),
             ),
         ),
         aml.name("_PRT", _routing()),
@@ -188,8 +189,11 @@ def _isa_device(path: str, hid: str, *resources: bytes, uid: int | None = None) 
     )
 
 
-def _motherboard() -> bytes:
+def _motherboard(board: Board) -> bytes:
     """Ports and addresses that belong to no device an OS would drive, so that it assigns them to nothing else."""
+    # Not what firmware may have given to a device.
+    is_free = board.windows.mmio32.end <= layout.ECAM.base
+    ecam = [aml.memory32_fixed(layout.ECAM.base, layout.ECAM.size)] if is_free else []
     return aml.device(
         "MBRD",
         aml.name("_HID", aml.eisa_id("PNP0C02")),
@@ -203,7 +207,7 @@ def _motherboard() -> bytes:
                 aml.io(GPE0_BASE, GPE0_LENGTH),
                 aml.io(PM_BASE, PM_LENGTH),
                 aml.io(SMBUS_BASE, SMBUS_LENGTH),
-                aml.memory32_fixed(layout.ECAM.base, layout.ECAM.size),
+                *ecam,
             ),
         ),
     )

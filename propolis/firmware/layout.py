@@ -39,6 +39,7 @@ MMIO32 = Range(0xC000_0000, 512 * MIB)
 ECAM = Range(0xE000_0000, 256 * MIB)  # kept for 256 buses; nothing decodes it while only mechanism 1 exists
 IOAPIC = Range(0xFEC0_0000, PAGE_SIZE)
 LAPIC = Range(0xFEE0_0000, PAGE_SIZE)
+BOOTROM_MAX = 16 * MIB  # below 4 GiB; what lies below that belongs to interrupt controllers and to KVM
 
 MMIO64_ALIGN = 1 * GIB
 MMIO64_MAX = 256 * GIB
@@ -94,3 +95,22 @@ def mmio64_window(memory_size: int, phys_bits: int) -> Range:
             f"memory: {memory_size} bytes leave no room for the 64-bit PCI window within {phys_bits} address bits"
         )
     return Range(base, end - base)
+
+
+class DeviceWindows(Struct, frozen=True):
+    """Where PCI devices may have their memory, as the operating system is told."""
+
+    mmio32: Range
+    mmio64: Range
+
+
+def device_windows(memory_size: int, phys_bits: int) -> DeviceWindows:
+    """Those in which the VMM itself places devices, under direct boot."""
+    return DeviceWindows(MMIO32, mmio64_window(memory_size, phys_bits))
+
+
+def firmware_windows(memory_size: int, phys_bits: int) -> DeviceWindows:
+    """Those in which firmware may have placed them: it avoids RAM and the interrupt controllers, and no more."""
+    low = ram_ranges(memory_size)[0]
+    high = mmio64_window(memory_size, phys_bits)
+    return DeviceWindows(Range(low.end, IOAPIC.base - low.end), Range(high.base, (1 << phys_bits) - high.base))

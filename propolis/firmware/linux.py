@@ -160,6 +160,11 @@ def parse(kernel: ImageFile, raw: bytes) -> SetupHeader:
     return header
 
 
+def setup_size(kernel: ImageFile) -> int:
+    """Bytes of a bzImage that lie before its protected-mode code. Raises ImageError."""
+    return parse(kernel, kernel.read(0, HEADER_MAX_END)).code_offset
+
+
 def _version(version: int) -> str:
     return f"{version >> 8}.{version & 0xFF:02}"
 

@@ -312,9 +312,12 @@ class DirectBoot(Wire, frozen=True, tag_field="type", tag="direct"):
 
 
 class FirmwareBoot(Wire, frozen=True, tag_field="type", tag="firmware"):
-    """Start firmware other than the server's own."""
+    """Start firmware other than the server's own; it may be offered a kernel to start."""
 
     bootrom: str
+    kernel: str | None = None
+    initrd: str | None = None
+    cmdline: str = ""
 
 
 class DiskExtension(Wire, frozen=True):

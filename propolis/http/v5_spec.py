@@ -116,8 +116,6 @@ class _Reader:
         if boot is None:
             self._wrong("expected what the VM boots, as this server has no default", "extensions", "boot")
             boot = model.FirmwareBoot(bootrom="?")
-        elif isinstance(boot, model.FirmwareBoot):
-            self._wrong("this version only boots a kernel directly", "extensions", "boot")
         try:
             spec = self._make(name, boot)
         except model.SpecError as error:
@@ -216,7 +214,9 @@ class _Reader:
         boot = self._more.boot
         if isinstance(boot, v5.DirectBoot):
             return model.DirectBoot(kernel=boot.kernel, initrd=boot.initrd, cmdline=boot.cmdline)
-        return None if boot is None else model.FirmwareBoot(bootrom=boot.bootrom)
+        if boot is None:
+            return None
+        return model.FirmwareBoot(bootrom=boot.bootrom, kernel=boot.kernel, initrd=boot.initrd, cmdline=boot.cmdline)
 
     def _place(self, where: tuple[str | int, ...]) -> str:
         """Where in the request a field of the Spec came from."""
@@ -304,7 +304,12 @@ class _Writer:
         if isinstance(spec.boot, model.DirectBoot):
             boot = v5.DirectBoot(kernel=spec.boot.kernel, initrd=spec.boot.initrd, cmdline=spec.boot.cmdline)
         else:
-            boot = v5.FirmwareBoot(bootrom=spec.boot.bootrom)
+            boot = v5.FirmwareBoot(
+                bootrom=spec.boot.bootrom,
+                kernel=spec.boot.kernel,
+                initrd=spec.boot.initrd,
+                cmdline=spec.boot.cmdline,
+            )
         return v5.Extensions(
             boot=None if spec.boot_is_default else boot,
             hypervisor_interface="none" if spec.hypervisor_interface == "none" else None,

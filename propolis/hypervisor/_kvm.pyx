@@ -154,6 +154,8 @@ cdef class KvmVm(Vm):
         """Gives the guest every region of `memory`; called once, when all are added."""
         cdef kvm.kvm_userspace_memory_region slot
         for i, (gpa, size, _, read_only, _) in enumerate(self.memory.regions_list()):
+            if read_only and self.capability(kvm.KVM_CAP_READONLY_MEM) <= 0:
+                raise HypervisorError("this kernel's KVM lacks: read-only memory")
             memset(&slot, 0, sizeof(slot))
             slot.slot = i
             slot.flags = kvm.KVM_MEM_READONLY if read_only else 0

@@ -173,6 +173,7 @@ ARROWS: dict[str, set[str]] = {
     "event_log": set(),
     "machine": {
         "lifecycle",
+        "offer",
         "board",
         "hypervisor",
         "hypervisor.state",
@@ -185,6 +186,7 @@ ARROWS: dict[str, set[str]] = {
         "threads",
         "_vmm",
     },
+    "offer": {"devices", "firmware"},
     "board": {
         "hypervisor",
         "hypervisor.state",
@@ -217,14 +219,15 @@ ARROWS: dict[str, set[str]] = {
     "_posix": set(),
     "_atomic": set(),
     # reading what the user wrote
-    "standalone_config": {"spec", "toml_devices", "toml_table", "errors"},
+    "standalone_config": {"spec", "toml_boot", "toml_devices", "toml_table", "errors"},
+    "toml_boot": {"spec", "toml_table"},
     "toml_devices": {"spec", "toml_table", "errors"},
     "toml_table": {"toml_places", "errors"},
     "toml_places": {"errors"},
     "cgroup": {"spec", "errors"},
     "install_service": {"errors"},
     "power_off": {"config", "run_directory", "running_vm", "errors"},
-    "config": {"spec", "names", "toml_devices", "toml_table", "errors"},
+    "config": {"spec", "names", "toml_boot", "toml_devices", "toml_table", "errors"},
     "names": {"spec", "processes", "errors"},
     "spec": {"errors"},
     "errors": set(),

@@ -149,7 +149,7 @@ ONE_WRONG = [
     ("[tokens]\nfull = [1]", "2:8", "full: expected an array of strings, not an array"),
     ("[chipset]\nenable-pcie = true", "2:1", "enable-pcie = true is known, but not available"),
     ('[[pci_bridge]]\npci-path = "0.9.0"', "1:1", "'pci_bridge' is known, but not available"),
-    ('kernel = "a"\nbootrom = "b"', "2:1", "'bootrom' and 'kernel' are both given"),
+    ('kernel = "a"\nbootrom = ""', "2:11", "[bootrom]: expected the path of a file, not ''"),
     ('cmdline = "a"', "1:1", "'cmdline' is given without 'kernel'"),
     ('kernel = "a"\ncmdline = "a\\nb"', "2:11", "cmdline: expected a kernel command line without"),
     (SEED.replace("0.4.0", "0.1.0"), "10:12", "PCI path 0.1.0 belongs to the ISA bridge"),

@@ -137,8 +137,8 @@ ONE_WRONG = [
     (MAIN.replace("1024", "2026-01-01"), "4:10", "memory: expected a whole number, not 2026-01-01"),
     (MAIN.replace('"vmlinuz"', '""'), "5:10", "kernel: expected the path of a file, not ''"),
     (MAIN.replace('"vmlinuz"', '"a\\u0000"'), "5:10", "kernel: expected the path of a file"),
-    (MAIN.replace("kernel", "bootrom"), "5:1", "only boots a kernel directly: expected 'kernel' in its place"),
-    (MAIN + 'bootrom = "x"', "6:1", "'bootrom' and 'kernel' are both given"),
+    (MAIN.replace('kernel = "vmlinuz"', 'bootrom = ""'), "5:11", "bootrom: expected the path of a file, not ''"),
+    (MAIN.replace("kernel", "bootrom") + 'initrd = "x"', "6:1", "'initrd' is given without 'kernel'"),
     (MAIN + "initrd = []", "6:10", "initrd: expected a string, not an array"),
     (MAIN + "cmdline = {}", "6:11", "cmdline: expected a string, not a table"),
     (MAIN + 'cmdline = "a\\nb"', "6:11", "cmdline: expected a kernel command line without"),
@@ -235,7 +235,7 @@ def test_everything_wrong_is_reported_in_the_order_of_the_file() -> None:
 name = "test vm"
 cpu = 3
 cpus = true
-bootrom = "/OVMF"
+bootrom = ""
 
 [block_dev.a]
 type = "file"
@@ -266,7 +266,7 @@ pci-path = "0.1.0"
         "2:8",
         "3:1",
         "4:8",
-        "5:1",
+        "5:11",
         "9:8",
         "10:11",
         "13:8",

@@ -22,7 +22,7 @@ CPUS = [1, 4, 64]
 
 
 def board(cpus: int = 1, memory: int = 128 * MIB, uarts: tuple[int, ...] = (1, 2, 3, 4)) -> Board:
-    return Board(cpus=cpus, mmio64=layout.mmio64_window(memory, 40), uarts=uarts, pvpanic=True)
+    return Board(cpus=cpus, windows=layout.device_windows(memory, 40), uarts=uarts, pvpanic=True)
 
 
 def by_signature(tables: acpi.Tables) -> dict[bytes, tuple[int, bytes]]:
@@ -111,7 +111,7 @@ def test_impossible_board(wrong: dict[str, object]) -> None:
 
 
 def test_only_present_devices_are_described() -> None:
-    bare = acpi.dsdt(Board(cpus=1, mmio64=layout.mmio64_window(128 * MIB, 40), uarts=(2,)))
+    bare = acpi.dsdt(Board(cpus=1, windows=layout.device_windows(128 * MIB, 40), uarts=(2,)))
     assert b"COM2" in bare
     assert b"COM1" not in bare
     assert b"QEMU0001" not in bare

@@ -101,7 +101,7 @@ def test_short_reads_are_continued(ram: Ram) -> None:
 
 
 def test_tables_are_written_and_announced(ram: Ram) -> None:
-    tables = acpi.build(Board(cpus=2, mmio64=layout.mmio64_window(RAM_SIZE, 40)))
+    tables = acpi.build(Board(cpus=2, windows=layout.device_windows(RAM_SIZE, 40)))
     boot.load(ram, RAM_SIZE, File(bzimage()), tables=tables)
     assert ram.number(layout.ZERO_PAGE + 0x70, "Q") == tables.rsdp
     for gpa, content in tables.pieces:
@@ -110,7 +110,7 @@ def test_tables_are_written_and_announced(ram: Ram) -> None:
 
 def test_loading_again_gives_the_same(ram: Ram) -> None:
     """A guest that reboots has overwritten everything."""
-    tables = acpi.build(Board(cpus=2, mmio64=layout.mmio64_window(RAM_SIZE, 40)))
+    tables = acpi.build(Board(cpus=2, windows=layout.device_windows(RAM_SIZE, 40)))
 
     def load(image: bytes) -> tuple[object, bytes]:
         entry = boot.load(ram, RAM_SIZE, File(image), initrd=File(b"i" * 99), cmdline="c", tables=tables)

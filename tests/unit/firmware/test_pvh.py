@@ -47,7 +47,7 @@ def test_what_the_file_does_not_fill_is_cleared(ram: Ram) -> None:
 
 
 def test_start_info(ram: Ram) -> None:
-    board = Board(cpus=1, mmio64=layout.mmio64_window(RAM_SIZE, 40))
+    board = Board(cpus=1, windows=layout.device_windows(RAM_SIZE, 40))
     tables = acpi.build(board)
     initrd = File(b"i" * 5000, "/x/initrd")
     entry = boot.load(ram, RAM_SIZE, File(elf()), initrd=initrd, cmdline="a=b", tables=tables)

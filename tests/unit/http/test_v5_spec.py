@@ -258,7 +258,11 @@ def test_what_is_not_available_is_parsed_and_refused_by_name(kind: str) -> None:
             "components/b/component/num",
         ),
         (spec(extensions={"boot": {"type": "direct", "kernel": ""}}), "extensions/boot/kernel"),
-        (spec(extensions={"boot": {"type": "firmware", "bootrom": "/rom"}}), "extensions/boot"),
+        (spec(extensions={"boot": {"type": "firmware", "bootrom": ""}}), "extensions/boot/bootrom"),
+        (
+            spec(extensions={"boot": {"type": "firmware", "bootrom": "/rom", "initrd": "/initrd"}}),
+            "extensions/boot/initrd",
+        ),
         (spec(extensions={}), "extensions/boot"),
         (spec(extensions={"boot": KERNEL, "disks": {"d": {}}}), "extensions/disks/d"),
         (spec(extensions={"boot": KERNEL, "files": {"d": {}}}), "extensions/files/d"),
