@@ -43,6 +43,7 @@ async def test_from_the_reset_vector(tmp_path: Path) -> None:
     (tmp_path / "vm.toml").write_text(CONFIG.format(name=tiny.NAME))
     async with Guest([*tiny.PROGRAM, "vm.toml"], tmp_path) as vm:
         await vm.expect("a3a3", 20 * SLOWER, "two lives of the guest")
+        await vm.send("x")
         assert await vm.exit_status(20 * SLOWER) == 0
 
 
