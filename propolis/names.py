@@ -1,7 +1,7 @@
 """A running VM holds its name: by a lock that the kernel drops with the process, so nothing stale is ever in the way.
 
-The locked file says who holds it. Starting a standalone VM ends the standalone VM of that name; what the daemon runs is
-the daemon's to end.
+The locked file says who holds it. Starting a VM ends the standalone VM of that name; what a server runs is for that
+server to end.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from propolis.spec import NAME_RULE, is_name
 if TYPE_CHECKING:
     from types import TracebackType
 
-Program = Literal["standalone", "daemon"]
+Program = Literal["standalone", "daemon", "run-one"]
 
 _RECORD_BYTES = 1024  # always written whole, in one call, so that a reader never finds half of it
 _RETRY = 0.01
+_WORDS = {"standalone": "a standalone VM", "daemon": "the daemon", "run-one": "propolis-server run-one"}
 _LAST_WAIT = 5.0  # seconds that the kernel may take to bury a killed process
 
 
@@ -41,7 +42,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     socket: str | None = None
 
     def __str__(self) -> str:
-        return f"{'the daemon' if self.program == 'daemon' else 'a standalone VM'}, process {self.pid}"
+        return f"{_WORDS[self.program]}, process {self.pid}"
 
 
 class NameLock:
@@ -64,8 +65,8 @@ class NameLock:
     ) -> NameLock:
         """Take `name`, ending the standalone VM that holds it within `grace` seconds.
 
-        That VM is asked to power off, after half the time told to end, and after all of it killed. BusyError where the
-        daemon holds the name, this process does, or nobody that can be ended.
+        That VM is asked to power off, after half the time told to end, and after all of it killed. BusyError where a
+        server holds the name, this process does, or nobody that can be ended.
         """
         if not is_name(name):
             raise ConfigError(f"{name!r} cannot name a VM: expected {NAME_RULE}")

@@ -1,7 +1,7 @@
 """One VM behind Propolis API 5.0.0, in this process: `propolis-server run-one ADDRESS`.
 
 For control planes that expect a server to each VM. The VM is created, run and stopped by the API; once it is destroyed
-another can be created.
+another can be created. As long as it is there it holds its name, like a standalone VM.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from propolis.http import v5, v5_spec
 from propolis.http.app import make_app, serve
 from propolis.keeper import LocalKeeper
 from propolis.lifecycle import Request
+from propolis.names import NameLock
 from propolis.spec import Boot, DirectBoot, FirmwareBoot
 from propolis.virtual_machine import VirtualMachine
 
@@ -125,9 +126,14 @@ class RunOne:
         if self._task is not None:  # it is about to end
             await asyncio.wait({self._task})
         spec = v5_spec.to_spec(request.init.value.spec, request.properties.name, default_boot=self._boot)
-        vm = VirtualMachine(spec, request.properties, LocalKeeper(), is_destroyed=True, hypervisor=self._hypervisor)
+        name = await NameLock.acquire(spec.name, program="run-one")
+        try:
+            vm = VirtualMachine(spec, request.properties, LocalKeeper(), is_destroyed=True, hypervisor=self._hypervisor)
+        except BaseException:
+            name.release()
+            raise
         self._vm = vm
-        self._task = asyncio.create_task(vm.run(), name="vm")
+        self._task = asyncio.create_task(_run_named(vm, name), name="vm")
         return vm
 
     async def stop(self) -> None:
@@ -135,6 +141,11 @@ class RunOne:
         if self._vm is not None and self._task is not None:
             self._vm.lifecycle.request(Request.STOP)
             await asyncio.gather(self._task, return_exceptions=True)
+
+
+async def _run_named(vm: VirtualMachine, name: NameLock) -> None:
+    with name:
+        await vm.run()
 
 
 class _LogKeeper(logging.Handler):

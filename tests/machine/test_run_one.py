@@ -25,6 +25,10 @@ SERVER = [
 ]
 
 
+class RefusedError(Exception):
+    """The status and the message of an answer that is no success."""
+
+
 class Server:
     """The program and its client."""
 
@@ -37,7 +41,8 @@ class Server:
         """A request that is answered well; what was in the answer."""
         more: dict[str, Any] = {} if body is None else {"json": body}
         async with asyncio.timeout(SOON), self.client.request(method, self.url + path, **more) as reply:
-            assert reply.status < 300, (reply.status, await reply.text())
+            if reply.status >= 300:
+                raise RefusedError(reply.status, (await reply.json())["message"])
             return await reply.json() if reply.status == 200 else None
 
     async def create(self, cpus: int = 1) -> None:
@@ -166,6 +171,32 @@ async def test_a_guest_that_does_not_heed_it(tmp_path: Path) -> None:
             await console.websocket.send_bytes(b"S")  # spins with deaf ears
             await server.ask("PUT", "/instance/shutdown", {"deadline_seconds": 0.2})
         await server.reaches("Destroyed")
+
+
+async def test_a_name_is_held(tmp_path: Path) -> None:
+    """From the VM's creation to its end; what has it is named to others, and not ended for them."""
+    (tmp_path / "other").mkdir()
+    async with serving(tmp_path) as server, serving(tmp_path / "other") as other:
+        await server.create()
+        with pytest.raises(RefusedError) as refused:
+            await other.create()
+        holder = f"propolis-server run-one, process {server.process.pid}"
+        assert refused.value.args == (409, f"VM {tiny.NAME!r} belongs to {holder}")
+        await server.ask("PUT", "/instance/state", "Stop")
+        await server.reaches("Destroyed")
+        await other.create()
+
+
+async def test_a_standalone_vm_of_the_name_is_ended(tmp_path: Path) -> None:
+    """As by another standalone VM."""
+    (tmp_path / "alone").mkdir()
+    async with tiny.guest(tmp_path / "alone") as alone, serving(tmp_path) as server:
+        await alone.expect("ready", SOON, "the guest's greeting")
+        await server.create()
+        assert await alone.exit_status() == 0  # its button was pressed
+        async with server.console() as console:
+            await server.run()
+            await console.expect(b"ready\r\n")
 
 
 async def test_an_nmi_reaches_the_guest(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ ARROWS: dict[str, set[str]] = {
         "keeper",
         "console",
         "lifecycle",
+        "names",
         "spec",
         "errors",
     },
