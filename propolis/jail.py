@@ -63,7 +63,7 @@ class JailSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     core_size: int = 0
     """Largest core file in bytes. A worker that may leave one may also be looked into by others of its user."""
     file_size: int | None = None
-    """How far a file may be extended, in bytes; None for no limit but the file system's."""
+    """How far a file may be extended, in bytes, guest memory of a memfd too; None for the file system's limit alone."""
 
 
 def missing() -> list[str]:

@@ -402,6 +402,7 @@ class Supervisor:
             mode=JailMode(jail.mode),
             uid=jail.first_uid + definition.index if os.geteuid() == 0 and jail.mode != "off" else None,
             core_size=jail.core_bytes,
+            file_size=max(largest_file(definition.spec), jail.core_bytes),
         )
         return StartOptions(
             log_level=self.settings.log_level,
@@ -615,6 +616,19 @@ def check_paths(spec: Spec, allowed: tuple[str, ...] | None) -> None:
 def paths_of(spec: Spec) -> list[str]:
     """The files that a VM needs."""
     return [*boot_files(spec.boot), *(backend.path for backend in spec.backends.values())]
+
+
+def largest_file(spec: Spec) -> int:
+    """How far a file needs to reach that the worker of a VM writes to, in bytes: a disk image, or memory with a name.
+
+    Disks that are devices have their size by nature. What is not there is missed by whoever opens it.
+    """
+    sizes = [0 if spec.memory_backing == "anonymous" else spec.memory_mib << 20]
+    for backend in spec.backends.values():
+        if not backend.readonly:
+            with contextlib.suppress(OSError):
+                sizes.append(os.stat(backend.path).st_size)
+    return max(sizes)
 
 
 @functools.cache

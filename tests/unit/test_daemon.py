@@ -15,6 +15,7 @@ import pytest
 
 from propolis.errors import PropolisError
 from tests.unit.daemons import TIMEOUT, Server, server
+from tests.unit.http.serving import kernel
 
 pytestmark = [pytest.mark.program, pytest.mark.timeout(400)]
 
@@ -123,6 +124,33 @@ async def test_vms_outlive_the_daemon(tmp_path: Path, ending: str) -> None:
         await one.run("waits")
         assert (await one.ask("DELETE", "/instances/runs?force=true")).status == 204
         assert str(workers["runs"]) not in os.listdir("/proc")
+
+
+async def test_a_worker_extends_no_file(tmp_path: Path) -> None:
+    """Its files end where the largest disk does that it may write to, or memory that is a file."""
+    toml = f'[main]\nname = "web"\ncpus = 1\nmemory = 16\nkernel = "{kernel(tmp_path)}"\n'
+    disks = ""
+    for slot, (name, size, more) in enumerate(
+        (("small", 1 << 20, ""), ("large", 3 << 20, ""), ("fixed", 9 << 20, "readonly = true")), 4
+    ):
+        path = tmp_path / name
+        path.touch()
+        os.truncate(path, size)
+        disks += f'[block_dev.{name}]\ntype = "file"\npath = "{path}"\n{more}\n'
+        disks += f'[dev.{name}]\ndriver = "pci-virtio-block"\nblock_dev = "{name}"\npci-path = "0.{slot}.0"\n'
+    async with server(tmp_path, "--jail", "on") as one:
+        for memory, size in (("anonymous", 3 << 20), ("memfd", 16 << 20)):
+            body = toml + f'memory_backing = "{memory}"\n' + disks
+            kind = {"Content-Type": "application/toml"}
+            assert (await one.ask("PUT", "/instances/web", data=body, headers=kind)).status == 201
+            assert file_limits(one.worker()) == [str(size), str(size)]
+            assert (await one.ask("DELETE", "/instances/web")).status == 204
+
+
+def file_limits(pid: int) -> list[str]:
+    """How far this process may extend files, and may let itself: proc(5)."""
+    lines = Path(f"/proc/{pid}/limits").read_text().splitlines()
+    return next(line for line in lines if line.startswith("Max file size")).split()[3:5]
 
 
 async def test_policies(tmp_path: Path) -> None:
