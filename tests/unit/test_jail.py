@@ -34,6 +34,7 @@ import propolis.hypervisor._replay  # noqa: F401 -- a machine imports them late,
 from propolis import jail, landlock, threads
 from propolis.jail import JailMode, JailSettings
 from propolis.keeper import LocalKeeper
+from propolis.keeper_process import die_with_parent
 from propolis.lifecycle import GuestEvent, Lifecycle, Request, State
 from propolis.machine import Machine
 from propolis.spec import DirectBoot, FileBlock, PciPath, Spec, VirtioBlock
@@ -62,14 +63,16 @@ class Outcome(NamedTuple):
 
 
 class Child:
-    """A forked process that does some work; its value is sent as JSON."""
+    """A forked process that does some work; its value is sent as JSON. It ends with this process, however that ends."""
 
     def __init__(self, work: Callable[[int], object]) -> None:
         receiving, sending = os.pipe()
+        me = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
             os.close(receiving)
             try:
+                die_with_parent(me)
                 self._send(sending, {"value": work(sending)})
             except BaseException:  # noqa: BLE001 -- whatever it is, it is told to the test and goes no further
                 self._send(sending, {"error": traceback.format_exc()})
@@ -140,6 +143,7 @@ def become_nobody() -> None:
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
+    die_with_parent(os.getppid())  # the kernel forgets it when the user changes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -288,6 +292,28 @@ def test_limits(jails: Jails) -> None:
     assert not jails.is_root or limits[3] == [9, 9]
 
 
+def test_a_disk_is_not_extended(jails: Jails, tmp_path: Path) -> None:
+    """By no way; within its size it is written to, and holes are filled and made."""
+    size = 1 << 20
+    with open(tmp_path / "disk", "w+b") as disk:
+        disk.truncate(size)
+        fd = disk.fileno()
+
+        def write() -> list[str]:
+            return [
+                denied(lambda: os.pwrite(fd, b"x" * 4096, size - 4096)),
+                denied(lambda: _raise(call("fallocate", fd, 3, 0, 4096))),  # PUNCH_HOLE | KEEP_SIZE
+                denied(lambda: os.pwrite(fd, b"x", size)),
+                denied(lambda: os.pwrite(fd, b"x", 1 << 40)),
+                denied(lambda: os.ftruncate(fd, size + 1)),
+                denied(lambda: _raise(call("fallocate", fd, 0, size, 4096))),
+            ]
+
+        settings = JailSettings(uid=jails.settings.uid, file_size=size)
+        assert jails.value(write, settings, keep=[fd]) == ["", "", *["EFBIG"] * 4]
+        assert os.fstat(fd).st_size == size
+
+
 def test_threads_are_limited_where_they_are_counted_apart() -> None:
     if not IS_ROOT:
         pytest.skip("needs root")
@@ -319,19 +345,15 @@ def test_descriptors_beyond_those_kept_are_closed(jails: Jails, pipe: tuple[int,
 
 
 def test_the_parents_death_signal_is_kept(jails: Jails) -> None:
-    """The kernel forgets it when the user changes: a worker must not outlive its keeper."""
+    """The kernel forgets it when the user changes: a worker must not outlive its keeper, nor a child its test."""
 
     def work(sending: int) -> object:
-        pid = os.fork()
-        if pid == 0:
-            if IS_ROOT and not jails.is_root:
-                become_nobody()
-            libc.prctl(1, ctypes.c_ulong(signal.SIGKILL))
-            jail.enter(jails.settings, keep=[0, 1, 2, sending])
+        def spin() -> None:
             os.write(sending, b'{"value": "inside"}')
-            select.select([], [], [])
-        select.select([], [], [])
-        return None
+            while True:
+                pass
+
+        return jails.start(spin, keep=[sending]).finish(within=60)
 
     child = Child(work)
     os.set_blocking(child._receiving, True)
@@ -690,7 +712,9 @@ def test_the_interpreter_ends_with_busy_threads(jails: Jails) -> None:
         f"""
         import os, threading
         from propolis import jail
+        from propolis.keeper_process import die_with_parent
         from tests.unit.test_jail import become_nobody
+        die_with_parent(os.getppid())
         if {IS_ROOT and not jails.is_root}:
             become_nobody()
         jail.enter(jail.JailSettings(uid={jails.settings.uid}))
