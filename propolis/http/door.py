@@ -29,6 +29,9 @@ _BACKLOG = 256
 _FIRST_PASSED = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 _MAX_PASSED = 64
 _HANDSHAKE_SECONDS = 15.0
+# What a client has had begun is done before that. What still goes on then are watchers, which come back to the next
+# server, and a question or two. It is waited for twice.
+_LAST_SECONDS = 0.5
 _TURNS = 5
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: 88\r\n"
@@ -135,7 +138,7 @@ def make_runner(app: web.Application, limits: Limits) -> web.AppRunner:
         keepalive_timeout=float(limits.idle_seconds),  # bounds a request's head as well
         max_line_size=limits.header_bytes,
         max_field_size=limits.header_bytes,
-        shutdown_timeout=2.0,
+        shutdown_timeout=_LAST_SECONDS,
     )
 
 
