@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from propolis import config, jail
+from propolis import config, jail, landlock
 from propolis.kvm_probe import probe
 
 if TYPE_CHECKING:
@@ -102,7 +102,10 @@ def _jail() -> Check:
             "jail", "error", f"VMs cannot be confined: {'; '.join(missing)}", "[jail] mode = 'off' goes without"
         )
     user = "each as a user of its own" if os.geteuid() == 0 else "as this user"
-    return Check("jail", "ok", f"VMs are confined, {user}")
+    message = f"VMs are confined, {user}"
+    if beyond := landlock.beyond():
+        message += f"; this kernel's Landlock does not know {', '.join(beyond)}: the filter of system calls denies them"
+    return Check("jail", "ok", message)
 
 
 def _io_uring() -> Check:

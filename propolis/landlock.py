@@ -19,6 +19,9 @@ _FILE_RIGHTS = ((1, 13), (2, 14), (3, 15), (5, 16), (9, 17))
 _TCP_RIGHTS = (4, 2)  # bind, connect
 _SCOPES = (6, 2)  # abstract unix sockets, signals
 
+# What no open descriptor is needed for: the first ABI that denies it, and the first Linux with that.
+_LATER = ((3, "truncation by path", "6.2"), (4, "TCP ports", "6.7"), (6, "signals and abstract sockets", "6.12"))
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
@@ -39,6 +42,12 @@ def why_missing() -> str:
     if ctypes.get_errno() == errno.EOPNOTSUPP:
         return "it is not enabled when the kernel starts: add landlock to its lsm= option"
     return "this kernel has none (CONFIG_SECURITY_LANDLOCK, Linux 5.13 or later)"
+
+
+def beyond() -> list[str]:
+    """What later kernels' Landlock denies as well and this one's does not, for people."""
+    version = abi()
+    return [f"{what} (Linux {release})" for since, what, release in _LATER if version < since]
 
 
 def restrict() -> None:

@@ -71,7 +71,7 @@ ARROWS: dict[str, set[str]] = {
         "errors",
     },
     "store": {"spec", "errors"},
-    "doctor": {"config", "jail", "kvm_probe", "errors"},
+    "doctor": {"config", "jail", "kvm_probe", "landlock", "errors"},
     "kvm_probe": set(),
     "logs": set(),
     "service_manager": set(),
