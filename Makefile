@@ -23,9 +23,9 @@ bench: build ## print measurements with host and commit
 	@scripts/guest-image
 	@.venv/bin/python -m pytest -q -s -p no:cacheprovider -o addopts= --import-mode=importlib -m bench tests/bench
 
-soak: build ## the tests with ROUNDS (20) instead of two rounds of each
+soak: build ## the tests with ROUNDS (20) instead of two rounds of each, and the units in the lab
 	@scripts/guest-image
-	@ROUNDS=$${ROUNDS:-20} LAB_TIMEOUT=$${LAB_TIMEOUT:-10800} .venv/bin/python scripts/run-tests $(PYTEST)
+	@ROUNDS=$${ROUNDS:-20} LAB_TIMEOUT=$${LAB_TIMEOUT:-10800} .venv/bin/python scripts/run-tests --services $(PYTEST)
 
 build: ## Debian packages, .venv, compiled modules; only what is missing
 	@scripts/setup
