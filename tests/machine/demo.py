@@ -51,6 +51,7 @@ async def demo(directory: Path) -> None:
         step("powering off")
         status = await vm.poweroff()
         print(await vm.cli("ls"))
+        await vm.cli("rm", "demo")
     if status != 0:
         raise GuestError(f"propolis-cli serial ended with status {status}, expected 0")
     step("OK: created, booted, logged in, ran commands, powered off, deleted")

@@ -1,5 +1,6 @@
-"""Debian's stock cloud kernel from power-on to power-off: kernels, reboots, the power button, the disk in between."""
+"""Debian's stock cloud kernel from power-on to power-off: the quick start, reboots, the power button, its disk."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.machine.complaints import check_complaints
+from tests.machine.daemon_guest import daemon_linux
 from tests.machine.guest import Guest
 from tests.machine.linux import TIMEOUT, linux
 
@@ -15,10 +17,14 @@ pytestmark = [pytest.mark.os, pytest.mark.timeout(TIMEOUT)]
 MIB = 1 << 20
 
 
-async def test_bzimage_with_interrupt_lines(tmp_path: Path) -> None:
-    """Debian's image as it is; without MSI its disk interrupts through PIRQ, link device and I/O APIC."""
-    async with linux(tmp_path, kernel="vmlinuz", cmdline="console=ttyS0 quiet pci=nomsi") as vm:
+async def test_the_quick_start_with_interrupt_lines(tmp_path: Path) -> None:
+    """As the README has it, with Debian's image as it is: the daemon, propolis-cli and curl.
+
+    Without MSI the guest's disk interrupts through PIRQ, link device and I/O APIC.
+    """
+    async with daemon_linux(tmp_path, kernel="vmlinuz", cmdline="console=ttyS0 quiet pci=nomsi") as vm:
         await vm.boot()
+        await vm.becomes("Running")
         await vm.login()
         assert (await vm.run("nproc")).check().strip() == "1"
         await vm.run("dd if=/dev/urandom of=/root/data bs=64k count=16 conv=fsync && echo 3 >/proc/sys/vm/drop_caches")
@@ -32,6 +38,11 @@ async def test_bzimage_with_interrupt_lines(tmp_path: Path) -> None:
         assert "DisINTx-" in (await vm.run("lspci -vv -s 4.0 2>/dev/null")).check()
         await check_complaints(vm)
         assert await vm.poweroff() == 0
+        assert json.loads(await vm.curl("/instances/linux"))["instance"]["state"] == "Stopped"
+        history = json.loads(await vm.curl("/instances/linux/serial/history?from_start=0"))
+        assert b"login: " in bytes(history["data"])
+        await vm.curl("/instances/linux", "-X", "DELETE")
+        assert json.loads(await vm.curl("/instances"))["instances"] == []
 
 
 async def test_reboots_and_the_power_button(tmp_path: Path, rounds: int) -> None:
