@@ -17,13 +17,15 @@ from collections.abc import Callable, Generator, Iterator
 import pytest
 import uvloop
 
+from tests import guard
 from tests.lab.probe import Verdict, probe
 
 _loops: "weakref.WeakSet[asyncio.AbstractEventLoop]" = weakref.WeakSet()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Lets uvloop's first loop open what it keeps for the whole process; programs are sent SIGHUP, under nohup too."""
+    """Programs end with the tests, and are sent SIGHUP, under nohup too; uvloop opens what it keeps for the process."""
+    guard.begin()
     uvloop.new_event_loop().close()
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
