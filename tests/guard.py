@@ -7,12 +7,12 @@ import contextlib
 import os
 import select
 import signal
-import time
 import uuid
 from pathlib import Path
 
 _VARIABLE = "TESTS_OF_PROPOLIS"
-_ROUNDS, _PAUSE = 5, 0.1
+_ROUNDS = 5
+_PATIENCE = 5.0  # seconds for one to be gone
 
 
 def begin() -> None:
@@ -35,11 +35,19 @@ def _watch(tests: int, mark: bytes) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     select.select([tests], [], [])
-    for _ in range(_ROUNDS):  # one that is about to end may have started another
+    for _ in range(_ROUNDS):  # one that was about to end may have started another
         for pid in _marked(mark):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(_PAUSE)
+                _end(pid)
+
+
+def _end(pid: int) -> None:
+    process = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        select.select([process], [], [], _PATIENCE)
+    finally:
+        os.close(process)
 
 
 def _marked(mark: bytes) -> list[int]:
