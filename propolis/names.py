@@ -126,7 +126,7 @@ def _open_folder(path: str) -> int:
     """The folder of names, made where it is missing; refused where another user could put a file into it."""
     try:
         with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
+            os.mkdir(path, 0o755)  # the daemon's socket is there too, which others may use; locks are closed to them
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         raise BackendError(f"open the folder of VM names {path!r}: {error.strerror}") from error
