@@ -33,6 +33,14 @@ _DOING = {
 }
 
 
+class CloudInit(NamedTuple):
+    """The files of a volume for cloud-init."""
+
+    user_data: str
+    meta_data: str | None
+    network_config: str | None
+
+
 class Made(NamedTuple):
     """What a new VM is made of."""
 
@@ -45,6 +53,7 @@ class Made(NamedTuple):
     description: str
     autostart: bool
     restart: Restart
+    cloud_init: CloudInit | None = None
 
 
 def new(made: Made) -> Work:
@@ -78,8 +87,10 @@ def _spec_of(made: Made) -> Spec | msgspec.Raw:
     if made.spec is not None:
         return spec_file.read_json(made.spec)
     if made.toml is not None:
-        return spec_file.read_toml(made.toml, made.name, made.cpus, made.memory_mib)
-    return spec_file.plain(made.name, made.cpus, made.memory_mib)
+        spec = spec_file.read_toml(made.toml, made.name, made.cpus, made.memory_mib)
+    else:
+        spec = spec_file.plain(made.name, made.cpus, made.memory_mib)
+    return spec if made.cloud_init is None else spec_file.with_cloud_init(spec, *made.cloud_init)
 
 
 def state(name: str, wanted: str, deadline: float | None, is_waiting: bool, timeout: float | None) -> Work:
@@ -152,6 +163,7 @@ def _spec_fields(spec: v5.InstanceSpecStatus) -> list[tuple[str, str]]:
         for key, component in spec.value.components.items()
         if isinstance(component, v5.FileStorageBackendComponent)
     }
+    volumes = {} if more is None else more.cloud_init
     for key, component in spec.value.components.items():
         if isinstance(component, v5.VirtioDiskComponent):
             file = files.get(component.component.backend_id)
@@ -159,6 +171,8 @@ def _spec_fields(spec: v5.InstanceSpecStatus) -> list[tuple[str, str]]:
             what = f"{path.bus}.{path.device}.{path.function}"
             if file is not None:
                 what += f"  {file.path}{'  read-only' if file.readonly else ''}"
+            elif component.component.backend_id in volumes:
+                what += "  for cloud-init  read-only"
             fields.append((key, what))
     return fields
 

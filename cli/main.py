@@ -160,6 +160,16 @@ def new(
         ),
     ] = None,
     spec: Annotated[Path | None, typer.Option("--spec", "-s", metavar="FILE", help="A spec in JSON.")] = None,
+    cloud_init: Annotated[
+        Path | None,
+        typer.Option("--cloud-init", metavar="FILE", help="User-data: adds a disk with it for the guest's cloud-init."),
+    ] = None,
+    meta_data: Annotated[
+        Path | None, typer.Option("--meta-data", metavar="FILE", help="With --cloud-init: its meta-data.")
+    ] = None,
+    network_config: Annotated[
+        Path | None, typer.Option("--network-config", metavar="FILE", help="With --cloud-init: its network-config.")
+    ] = None,
     description: Annotated[str, typer.Option("--description", metavar="TEXT", help="What the VM is for.")] = "",
     autostart: Annotated[bool, typer.Option("--autostart", help="Start it when the host starts.")] = False,
     restart: Annotated[
@@ -172,8 +182,10 @@ def new(
 
     Without -t or -s it has a board and serial ports: what it boots, and its devices, are the server's configuration.
     """
-    if spec is not None and (toml is not None or cpus is not None or memory is not None):
-        raise typer.BadParameter("-s already says all of this: -t, -c and -m do not go with it")
+    if spec is not None and not (toml is None and cpus is None and memory is None and cloud_init is None):
+        raise typer.BadParameter("-s already says all of this: -t, -c, -m and --cloud-init do not go with it")
+    if cloud_init is None and not (meta_data is None and network_config is None):
+        raise typer.BadParameter("--meta-data and --network-config go with --cloud-init")
     from . import instance
 
     made_of = instance.Made(
@@ -181,13 +193,20 @@ def new(
         cpus=cpus,
         memory_mib=memory,
         identity=uuid,
-        toml=None if toml is None else str(toml),
-        spec=None if spec is None else str(spec),
+        toml=_optional(toml),
+        spec=_optional(spec),
         description=description,
         autostart=autostart,
         restart=restart.value,
+        cloud_init=None
+        if cloud_init is None
+        else instance.CloudInit(str(cloud_init), _optional(meta_data), _optional(network_config)),
     )
     _perform(context, instance.new(made_of), json=json, quiet=quiet)
+
+
+def _optional(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 @app.command()

@@ -9,12 +9,14 @@ import msgspec
 from propolis import spec as model
 from propolis import standalone_config
 from propolis.errors import ConfigError
-from propolis.toml_devices import DeviceTables, place_in_file
-from propolis.toml_table import NOT_HERE, Log, Path, Table, flag, parse_text, read_text
+from propolis.toml_devices import DeviceTables, place_in_file, read_cloud_init
+from propolis.toml_table import NOT_HERE, Log, Path, Table, UnexpectedError, flag, parse_text, read_text
 
 CPUS, MEMORY_MIB = 4, 1024
 MAX_JSON = 1 << 20
 _OPTIONS = {"name": "NAME", "cpus": "--cpus", "memory_mib": "--memory"}
+_CLOUD_INIT = "cloud-init"  # the disk that --cloud-init adds, where Propolis has always had it
+_CLOUD_INIT_PATH = model.PciPath(0, 24, 0)
 
 
 def plain(name: str, cpus: int | None, memory_mib: int | None) -> model.Spec:
@@ -52,6 +54,26 @@ def read_toml(shown: str, name: str, cpus: int | None, memory_mib: int | None) -
     raise log.error(source, shown)
 
 
+def with_cloud_init(spec: model.Spec, user: str, meta: str | None, network: str | None) -> model.Spec:
+    """The VM with one disk more, a volume for cloud-init of what is in these files."""
+    texts = []
+    for option, path in (("--cloud-init", user), ("--meta-data", meta), ("--network-config", network)):
+        try:
+            texts.append(None if path is None else read_cloud_init(path))
+        except UnexpectedError as error:
+            raise ConfigError(f"{option}: {error}") from error
+    volume = model.CloudInit(user_data=texts[0] or "", meta_data=texts[1], network_config=texts[2])
+    disk = model.VirtioBlock(name=_CLOUD_INIT, backend=_CLOUD_INIT, pci_path=_CLOUD_INIT_PATH)
+    if _CLOUD_INIT in spec.backends:
+        raise ConfigError(f"--cloud-init: the VM has a block backend {_CLOUD_INIT!r} already")
+    try:
+        return msgspec.structs.replace(
+            spec, devices=(*spec.devices, disk), backends={**spec.backends, _CLOUD_INIT: volume}
+        )
+    except model.SpecError as error:
+        raise ConfigError("\n".join(f"--cloud-init: {problem.message}" for problem in error.problems)) from error
+
+
 def read_json(shown: str) -> msgspec.Raw:
     """The JSON of an InstanceSpec, also where the file is a whole request; the server judges what is in it."""
     try:
@@ -82,8 +104,7 @@ def _devices(root: Table, folder: str) -> tuple[list[model.Device], dict[str, mo
     if chipset.take("enable-pcie", flag, False):
         chipset.wrong("enable-pcie", f"enable-pcie = true {NOT_HERE}", is_key=True)
     chipset.finish()
-    backends = tables.backends(root.table("block_dev"))
-    devices = tables.devices(root.table("dev"))
+    devices, backends = tables.read(root)
     root.unavailable("cpuid", "pci_bridge")
     root.finish()
     return devices, backends

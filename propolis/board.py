@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from propolis import spec as model
 from propolis.backends._iopool import IoPool
+from propolis.backends.block import nocloud
 from propolis.backends.block.file import FileBackend
+from propolis.backends.block.memory import MemoryBackend
 from propolis.devices.keyboard_controller import KeyboardController
 from propolis.devices.pci.bus import Windows
 from propolis.devices.pci.chipset import Chipset
@@ -73,20 +75,14 @@ class Board:
     def _add_disk(
         self, vm: Vm, device: model.VirtioBlock, backend: model.Backend, keeper: DiskOpener, undo: ExitStack
     ) -> None:
-        pool = IoPool(backend.workers or model.BLOCK_WORKERS)
+        workers = (backend.workers or model.BLOCK_WORKERS) if isinstance(backend, model.FileBlock) else 1
+        pool = IoPool(workers)
         undo.callback(pool.close)
-        with ExitStack() as failed:
-            fd = keeper.open_disk(backend.path, read_only=backend.readonly)
-            failed.callback(os.close, fd)
-            file = FileBackend(
-                fd,
-                pool,
-                read_only=backend.readonly,
-                path=backend.path,
-                block_size=backend.block_size,
-                skip_flush=backend.skip_flush,
-            )
-            failed.pop_all()  # the backend owns it now
+        if isinstance(backend, model.FileBlock):
+            file = _open_file(backend, keeper, pool)
+        else:
+            content = backend.content if isinstance(backend, model.BlobBlock) else _cloud_init(self._spec.name, backend)
+            file = MemoryBackend(len(content), pool, contents=content, read_only=backend.readonly)
         undo.callback(file.close)
         disk = VirtioBlk(
             vm,
@@ -121,3 +117,23 @@ class Board:
             uarts=tuple(sorted(self.serial_ports)),
             pvpanic=any(isinstance(device, model.Pvpanic) and device.enable_isa for device in self._spec.devices),
         )
+
+
+def _open_file(backend: model.FileBlock, keeper: DiskOpener, pool: IoPool) -> FileBackend:
+    with ExitStack() as failed:
+        fd = keeper.open_disk(backend.path, read_only=backend.readonly)
+        failed.callback(os.close, fd)
+        file = FileBackend(
+            fd,
+            pool,
+            read_only=backend.readonly,
+            path=backend.path,
+            block_size=backend.block_size,
+            skip_flush=backend.skip_flush,
+        )
+        failed.pop_all()  # the backend owns it now
+    return file
+
+
+def _cloud_init(name: str, backend: model.CloudInit) -> bytes:
+    return nocloud.volume(name, backend.user_data, backend.meta_data, backend.network_config)

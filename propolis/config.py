@@ -279,8 +279,7 @@ class _Reader:
         chipset.finish()
         root.unavailable("pci_bridge")
         boot = take_boot(root, self._path)
-        backends = self._device_tables.backends(root.table("block_dev"))
-        devices = self._device_tables.devices(root.table("dev"))
+        devices, backends = self._device_tables.read(root)
         try:
             # Whether they fit together shows on a VM that has nothing else.
             model.Spec(

@@ -222,8 +222,8 @@ class Opener:
     def __init__(self, spec: Spec) -> None:
         self._local = LocalKeeper()
         self._images = set(boot_files(spec.boot))
-        self._disks = {backend.path for backend in spec.backends.values()}
-        self._writable = {backend.path for backend in spec.backends.values() if not backend.readonly}
+        self._disks = {file.path for file in spec.files()}
+        self._writable = {file.path for file in spec.files() if not file.readonly}
 
     def open(self, message: OpenHypervisor | OpenImage | OpenDisk) -> int:
         """A descriptor. Raises PropolisError."""

@@ -6,7 +6,7 @@ and raises one `SpecError` that lists everything wrong with it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import msgspec
 
@@ -26,6 +26,9 @@ BLOCK_WORKERS = 8
 SERIAL_BYTES = 20  # VIRTIO_BLK_ID_BYTES, virtio 1.2 §5.2.6
 MAX_NAME = 64
 MAX_CMDLINE = 65535
+MAX_CLOUD_INIT_BYTES = 512 << 10  # of each of its texts
+CLOUD_INIT_VOLUME_BYTES = 2 << 20  # of all of them, at most
+BLOB_BLOCK = 512
 SERIAL_PORTS = (1, 2, 3, 4)
 
 HypervisorInterface = Literal["kvm", "bhyve", "none"]
@@ -151,7 +154,27 @@ class FileBlock(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     workers: int | None = None
 
 
-Backend = FileBlock
+class BlobBlock(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="blob"):
+    """A disk in memory that begins with `content`; what a guest writes to it is gone with its VM."""
+
+    content: bytes
+    readonly: bool = False
+
+
+class CloudInit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="cloud-init"):
+    """A volume of cloud-init's data source NoCloud, with these texts.
+
+    Without `meta_data` the instance and its host are called as the VM is.
+    """
+
+    readonly: ClassVar[bool] = True
+
+    user_data: str = ""
+    meta_data: str | None = None
+    network_config: str | None = None
+
+
+Backend = FileBlock | BlobBlock | CloudInit
 
 
 class SerialPort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -179,6 +202,10 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     serial_ports: tuple[SerialPort, ...] = tuple(SerialPort(number=number) for number in SERIAL_PORTS)
     exit_on_halt: int = 0
     exit_on_reboot: int | None = None
+
+    def files(self) -> list[FileBlock]:
+        """The backends that are files of the host."""
+        return [backend for backend in self.backends.values() if isinstance(backend, FileBlock)]
 
     def __post_init__(self) -> None:
         problems = [*_board_problems(self), *_boot_problems(self.boot), *_device_problems(self)]
@@ -285,12 +312,31 @@ def _backend_problems(name: str, backend: Backend) -> Iterator[Problem]:
     where = ("backends", name)
     if wrong := _label_problem(name):
         yield Problem(where, wrong)
+    if isinstance(backend, BlobBlock):
+        if not backend.content or len(backend.content) % BLOB_BLOCK:
+            wanted = f"expected a multiple of {BLOB_BLOCK} bytes"
+            yield Problem((*where, "content"), f"{wanted}, not {len(backend.content)}")
+        return
+    if isinstance(backend, CloudInit):
+        yield from _cloud_init_problems(where, backend)
+        return
     yield from _path_problems((*where, "path"), backend.path)
     if backend.block_size not in BLOCK_SIZES:
         wanted = ", ".join(map(str, BLOCK_SIZES))
         yield Problem((*where, "block_size"), f"expected one of {wanted}, not {backend.block_size}")
     if backend.workers is not None and not 1 <= backend.workers <= MAX_BLOCK_WORKERS:
         yield Problem((*where, "workers"), f"expected 1 to {MAX_BLOCK_WORKERS} workers, not {backend.workers}")
+
+
+def _cloud_init_problems(where: tuple[str | int, ...], backend: CloudInit) -> Iterator[Problem]:
+    for field in ("user_data", "meta_data", "network_config"):
+        try:
+            size = len((getattr(backend, field) or "").encode())
+        except UnicodeEncodeError:
+            yield Problem((*where, field), "expected Unicode text, found half a surrogate pair")
+        else:
+            if size > MAX_CLOUD_INIT_BYTES:
+                yield Problem((*where, field), f"expected at most {MAX_CLOUD_INIT_BYTES} bytes of text, not {size}")
 
 
 def _label_problem(name: str) -> str | None:

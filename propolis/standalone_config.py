@@ -26,7 +26,7 @@ from propolis.toml_table import (
 )
 
 # What the grammar has beside the things that this version runs.
-_OTHER_TABLES = ("cloudinit", "cpuid", "pci_bridge")
+_OTHER_TABLES = ("cpuid", "pci_bridge")
 _OTHER_MAIN_KEYS = ("bootrom_version", "cpuid_profile", "cpu_binding", "boot_order", "acpi_variant")
 
 # The keys of the file that are not called as the field of the Spec which they set.
@@ -39,10 +39,13 @@ def load(path: str | os.PathLike[str]) -> model.Spec:
     return parse(read_text(shown), shown, os.path.dirname(os.path.abspath(shown)))
 
 
-def parse(source: str, shown: str, folder: str) -> model.Spec:
-    """Read the text of a file; messages call it `shown`, relative paths in it begin at `folder`."""
+def parse(source: str, shown: str, folder: str, *, may_read: bool = True) -> model.Spec:
+    """Read the text of a file; messages call it `shown`, relative paths in it begin at `folder`.
+
+    Without `may_read` no other file is opened, as the text came from elsewhere.
+    """
     log = Log()
-    spec = _Reader(log, folder).document(Table(log, (), parse_text(source, shown)))
+    spec = _Reader(log, DeviceTables(folder, may_read=may_read)).document(Table(log, (), parse_text(source, shown)))
     if spec is None or log:
         raise log.error(source, shown)
     return spec
@@ -51,9 +54,9 @@ def parse(source: str, shown: str, folder: str) -> model.Spec:
 class _Reader:
     """The grammar, a method for each table."""
 
-    def __init__(self, log: Log, folder: str) -> None:
+    def __init__(self, log: Log, devices: DeviceTables) -> None:
         self._log = log
-        self._devices = DeviceTables(folder)
+        self._devices = devices
 
     def document(self, root: Table) -> model.Spec | None:
         main = root.table("main")
@@ -61,8 +64,7 @@ class _Reader:
         if chipset.take("enable-pcie", flag, False):
             chipset.wrong("enable-pcie", f"enable-pcie = true {NOT_HERE}", is_key=True)
         chipset.finish()
-        backends = self._devices.backends(root.table("block_dev"))
-        devices = self._devices.devices(root.table("dev"))
+        devices, backends = self._devices.read(root)
         root.unavailable(*_OTHER_TABLES)
         spec = None
         if "main" not in root:

@@ -33,7 +33,7 @@ from propolis.keeper_protocol import StartOptions
 from propolis.lifecycle import State
 from propolis.run_directory import RunDirectory
 from propolis.running_vm import RunningVm, find_running
-from propolis.spec import Spec, boot_files
+from propolis.spec import CLOUD_INIT_VOLUME_BYTES, BlobBlock, CloudInit, Spec, boot_files
 from propolis.state_file import StateRecord
 from propolis.store import Definition, Restart, Store
 
@@ -375,7 +375,7 @@ class Supervisor:
     def _make_group(self, spec: Spec) -> VmGroup | None:
         if self._groups is None:
             return None
-        files = bytes_in_memory(backend.path for backend in spec.backends.values())
+        files = bytes_in_memory(file.path for file in spec.files())
         limits = Limits(
             memory_bytes=memory_limit(spec.memory_mib << 20, files_in_memory=files),
             processes=_PROCESSES + _PROCESSES_OF_CPU * spec.cpus,
@@ -615,17 +615,21 @@ def check_paths(spec: Spec, allowed: tuple[str, ...] | None) -> None:
 
 def paths_of(spec: Spec) -> list[str]:
     """The files that a VM needs."""
-    return [*boot_files(spec.boot), *(backend.path for backend in spec.backends.values())]
+    return [*boot_files(spec.boot), *(file.path for file in spec.files())]
 
 
 def largest_file(spec: Spec) -> int:
-    """How far a file needs to reach that the worker of a VM writes to, in bytes: a disk image, or memory with a name.
+    """How far a file needs to reach that the worker of a VM writes to, in bytes: a disk, or memory with a name.
 
     Disks that are devices have their size by nature. What is not there is missed by whoever opens it.
     """
     sizes = [0 if spec.memory_backing == "anonymous" else spec.memory_mib << 20]
     for backend in spec.backends.values():
-        if not backend.readonly:
+        if isinstance(backend, BlobBlock):
+            sizes.append(len(backend.content))
+        elif isinstance(backend, CloudInit):
+            sizes.append(CLOUD_INIT_VOLUME_BYTES)
+        elif not backend.readonly:
             with contextlib.suppress(OSError):
                 sizes.append(os.stat(backend.path).st_size)
     return max(sizes)

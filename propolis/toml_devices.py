@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # What the grammar has beside the things that this version runs.
-_OTHER_BACKENDS = ("crucible", "crucible-mem", "mem-async", "cloudinit")
+_OTHER_BACKENDS = ("crucible", "crucible-mem", "mem-async")
 _OTHER_DRIVERS = (
     "pci-nvme",
     "pci-virtio-viona",
@@ -33,29 +33,70 @@ _OTHER_DRIVERS = (
     "softnpu-p9",
 )
 
+_BACKENDS = ("file", "cloudinit")
+
 # The keys of the file that are not called as the field of the Spec which they set.
 _KEYS = {"pci_path": "pci-path", "backend": "block_dev"}
+
+_TEXTS = ("user-data", "meta-data", "network-config")
 
 # Stands in for a PCI path that was wrong and is reported, so that the rest of the file is checked as well.
 _NOWHERE = model.PciPath(0, 0, 0)
 
 
 class DeviceTables:
-    """Reads devices and what stands behind them; relative paths begin at `folder`."""
+    """Reads devices and what stands behind them; relative paths begin at `folder`.
 
-    def __init__(self, folder: str) -> None:
+    Texts that are files of their own are read from there, but only with `may_read`: where the file was written on
+    another machine, they are on that one.
+    """
+
+    def __init__(self, folder: str, *, may_read: bool = True) -> None:
         self._folder = folder
+        self._may_read = may_read
 
-    def backends(self, tables: Table) -> dict[str, model.Backend]:
-        return {name: self._backend(tables.table(name)) for name in tables.names}
+    def read(self, root: Table) -> tuple[list[model.Device], dict[str, model.Backend]]:
+        """The tables `[dev]`, `[block_dev]` and `[cloudinit]` of a file."""
+        cloud_init = self._cloud_init(root.table("cloudinit")) if "cloudinit" in root else None
+        tables = root.table("block_dev")
+        backends = {name: self._backend(tables.table(name), cloud_init) for name in tables.names}
+        if cloud_init is not None and cloud_init not in backends.values():
+            root.wrong("cloudinit", "no [block_dev.NAME] is the volume: expected one of type 'cloudinit'", is_key=True)
+        return self._devices(root.table("dev")), backends
 
-    def _backend(self, table: Table) -> model.Backend:
+    def _cloud_init(self, table: Table) -> model.CloudInit:
+        user_data, meta_data, network_config = (self._text(table, key) for key in _TEXTS)
+        if "user-data" not in table and "user-data-path" not in table:
+            table.wrong("user-data", "[cloudinit] has no 'user-data': expected it or 'user-data-path'", is_key=True)
+        table.finish()
+        return model.CloudInit(user_data=user_data or "", meta_data=meta_data, network_config=network_config)
+
+    def _text(self, table: Table, key: str) -> str | None:
+        here = table.take(key, text, None)
+        at_path = f"{key}-path"
+        there = table.take(at_path, self._content, None)
+        if key in table and at_path in table:
+            table.wrong(key, f"{key!r} and {at_path!r} are both given: expected one of them", is_key=True)
+        return there if here is None else here
+
+    def _content(self, value: object) -> str:
+        path = self.path(value)
+        if not self._may_read:
+            raise UnexpectedError("expected the text itself, because this file came without the others")
+        return read_cloud_init(path)
+
+    def _backend(self, table: Table, cloud_init: model.CloudInit | None) -> model.Backend:
         """A wrong backend is kept under its name, so that the device that uses it is not reported as well."""
-        kind = table.require("type", text, None, "'file'")
+        kind = table.require("type", text, None, f"one of {', '.join(map(repr, _BACKENDS))}")
+        if kind == "cloudinit":
+            if cloud_init is None:
+                table.wrong("type", "the file has no [cloudinit]: expected one with user-data")
+            table.finish()
+            return cloud_init or model.CloudInit()
         if kind in _OTHER_BACKENDS:
-            table.wrong("type", f"block backend type {kind!r} {NOT_HERE}: expected 'file'")
+            table.wrong("type", f"block backend type {kind!r} {NOT_HERE}: {advice('', list(_BACKENDS))}")
         elif kind is not None and kind != "file":
-            hint = advice(kind, ["file"], ["file", *_OTHER_BACKENDS])
+            hint = advice(kind, list(_BACKENDS), [*_BACKENDS, *_OTHER_BACKENDS])
             table.wrong("type", f"unknown block backend type {show(kind)}: {hint}")
         if kind != "file":
             return model.FileBlock(path="?")
@@ -76,7 +117,7 @@ class DeviceTables:
             workers=workers,
         )
 
-    def devices(self, tables: Table) -> list[model.Device]:
+    def _devices(self, tables: Table) -> list[model.Device]:
         devices = (self._device(name, tables.table(name)) for name in tables.names)
         return [device for device in devices if device is not None]
 
@@ -135,8 +176,25 @@ def place_in_file(where: Path, devices: list[model.Device]) -> tuple[Path, bool]
     if where[0] == "backends":
         if len(where) == 2:
             return ("block_dev", where[1]), True
+        if (key := str(where[2]).replace("_", "-")) in _TEXTS:
+            return ("cloudinit", key), False
         return ("block_dev", *where[1:]), False
     return None
+
+
+def read_cloud_init(path: str) -> str:
+    """The text in a file for cloud-init. Raises UnexpectedError, which says what is wrong with the file."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(model.MAX_CLOUD_INIT_BYTES + 1)
+    except OSError as error:
+        raise UnexpectedError(f"open {path!r}: {error.strerror}") from error
+    if len(content) > model.MAX_CLOUD_INIT_BYTES:
+        raise UnexpectedError(f"{path!r}: expected at most {model.MAX_CLOUD_INIT_BYTES} bytes of text")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UnexpectedError(f"{path!r}: expected UTF-8 text, found a byte that is none") from error
 
 
 def _old_flag(value: object) -> bool:

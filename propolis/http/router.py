@@ -443,7 +443,7 @@ def _from_toml(body: bytes, name: str) -> Spec:
         text = body.decode()
     except UnicodeDecodeError as error:
         raise ConfigError("the body is not UTF-8") from error
-    return msgspec.structs.replace(standalone_config.parse(text, "the body", ""), name=name)
+    return msgspec.structs.replace(standalone_config.parse(text, "the body", "", may_read=False), name=name)
 
 
 def _stable_uuid(supervisor: Supervisor, name: str) -> uuid.UUID:

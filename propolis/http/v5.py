@@ -333,6 +333,17 @@ class FileExtension(Wire, frozen=True):
     skip_flush: bool = False
 
 
+class CloudInitExtension(Wire, frozen=True):
+    """What is in a blob_storage_backend, by its id, as texts: a volume of cloud-init's data source NoCloud.
+
+    The component then has no base64 and is readonly. Without `meta_data` the instance is called as the VM is.
+    """
+
+    user_data: str = ""
+    meta_data: str | None = None
+    network_config: str | None = None
+
+
 class Extensions(Wire, frozen=True):
     """What a VM has beyond 5.0.0; absent from the spec of one that has nothing of it.
 
@@ -344,6 +355,7 @@ class Extensions(Wire, frozen=True):
     memory_backing: Literal["anonymous", "memfd", "hugetlb"] = "anonymous"
     disks: dict[SpecKey, DiskExtension] = {}
     files: dict[SpecKey, FileExtension] = {}
+    cloud_init: dict[SpecKey, CloudInitExtension] = {}
     exit_on_halt: U8 = 0
     exit_on_reboot: U8 | None = None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from propolis import spec as model
 from propolis.errors import FieldError
@@ -11,6 +13,8 @@ from propolis.http import v5
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator
+
+T = TypeVar("T")
 
 SPEC_AT = "/init/value/spec"
 NAME_AT = "/properties/name"
@@ -28,7 +32,6 @@ _UNAVAILABLE = {
     v5.P9fsComponent: "p9fs",
     v5.MigrationFailureInjectorComponent: "migration_failure_injector",
     v5.CrucibleStorageBackendComponent: "crucible_storage_backend",
-    v5.BlobStorageBackendComponent: "blob_storage_backend",
     v5.VirtioNetworkBackendComponent: "virtio_network_backend",
     v5.DlpiNetworkBackendComponent: "dlpi_network_backend",
 }
@@ -107,11 +110,10 @@ class _Reader:
         self._board()
         for written, component in self._wire.components.items():
             self._component(written, component)
-        for field, entries, kinds in (
-            ("disks", self._more.disks, {name for name, device in self._named_disks()}),
-            ("files", self._more.files, self._backends),
-        ):
-            self._leftovers(field, entries, kinds)
+        self._leftovers("disks", "virtio_disk", self._more.disks, {name for name, _ in self._named_disks()})
+        self._leftovers("files", "file_storage_backend", self._more.files, self._named_backends(model.FileBlock))
+        volumes = self._named_backends(model.CloudInit)
+        self._leftovers("cloud_init", "blob_storage_backend", self._more.cloud_init, volumes)
         boot = self._boot() or default_boot
         if boot is None:
             self._wrong("expected what the VM boots, as this server has no default", "extensions", "boot")
@@ -143,6 +145,9 @@ class _Reader:
 
     def _named_disks(self) -> Iterator[tuple[str, model.Device]]:
         return ((device.name, device) for _, device in self._devices if isinstance(device, model.VirtioBlock))
+
+    def _named_backends(self, kind: type[model.Backend]) -> set[str]:
+        return {name for name, backend in self._backends.items() if isinstance(backend, kind)}
 
     def _wrong(self, message: str, *parts: str | int) -> None:
         self._problems.append((self._at + pointer(*parts), message))
@@ -180,11 +185,13 @@ class _Reader:
             self._ports.append((written, model.SerialPort(number=number, name=named)))
         elif isinstance(component, v5.FileStorageBackendComponent):
             self._backends[name] = self._file(name, component.component)
+        elif isinstance(component, v5.BlobStorageBackendComponent):
+            self._backends[name] = self._blob(written, name, component.component)
         else:
             self._wrong(f"{_UNAVAILABLE[type(component)]} is not available in this version", "components", written)
 
     def _disk(self, name: str, disk: v5.VirtioDisk) -> model.VirtioBlock:
-        more = next((more for other, more in self._more.disks.items() if key(other) == name), v5.DiskExtension())
+        more = _find(self._more.disks, name) or v5.DiskExtension()
         path = disk.pci_path
         return model.VirtioBlock(
             name=name,
@@ -195,7 +202,7 @@ class _Reader:
         )
 
     def _file(self, name: str, file: v5.FileStorageBackend) -> model.FileBlock:
-        more = next((more for other, more in self._more.files.items() if key(other) == name), v5.FileExtension())
+        more = _find(self._more.files, name) or v5.FileExtension()
         return model.FileBlock(
             path=file.path,
             readonly=file.readonly,
@@ -204,10 +211,26 @@ class _Reader:
             workers=file.workers,
         )
 
-    def _leftovers(self, field: str, entries: Iterable[str], known: Container[str]) -> None:
+    def _blob(self, written: str, name: str, blob: v5.BlobStorageBackend) -> model.BlobBlock | model.CloudInit:
+        more = _find(self._more.cloud_init, name)
+        if more is None:
+            try:
+                content = base64.b64decode(blob.base64, validate=True)
+            except (binascii.Error, ValueError) as error:
+                self._wrong(f"expected base64: {error}", "components", written, "component", "base64")
+                content = bytes(model.BLOB_BLOCK)
+            return model.BlobBlock(content=content, readonly=blob.readonly)
+        if blob.base64:
+            wanted = "expected an empty string, because extensions.cloud_init says what is in it"
+            self._wrong(wanted, "components", written, "component", "base64")
+        if not blob.readonly:
+            wanted = "expected true, because it is a volume for cloud-init"
+            self._wrong(wanted, "components", written, "component", "readonly")
+        return model.CloudInit(user_data=more.user_data, meta_data=more.meta_data, network_config=more.network_config)
+
+    def _leftovers(self, field: str, kind: str, entries: Iterable[str], known: Container[str]) -> None:
         for written in entries:
             if key(written) not in known:
-                kind = "virtio_disk" if field == "disks" else "file_storage_backend"
                 self._wrong(f"there is no {kind} {written!r}", "extensions", field, written)
 
     def _boot(self) -> model.Boot | None:
@@ -235,9 +258,18 @@ class _Reader:
         if first == "serial_ports":
             return self._at + pointer("components", self._ports[int(rest[0])][0], "component", "num")
         if first == "backends":
-            below = pointer("component", *rest[1:]) if len(rest) > 1 else ""
-            return self._at + pointer("components", self._keys[str(rest[0])]) + below
+            return self._at + self._backend_place(str(rest[0]), rest[1:])
         return self._at + pointer("extensions", *where)
+
+    def _backend_place(self, name: str, rest: list[str | int]) -> str:
+        written = self._keys[name]
+        if not rest:
+            return pointer("components", written)
+        if isinstance(self._backends[name], model.CloudInit):
+            extension = next(other for other in self._more.cloud_init if key(other) == name)
+            return pointer("extensions", "cloud_init", extension, *rest)
+        field = "base64" if rest == ["content"] else rest[0]
+        return pointer("components", written, "component", field)
 
 
 class _Writer:
@@ -246,6 +278,7 @@ class _Writer:
         self._components: dict[str, v5.Component] = {}
         self._disks: dict[str, v5.DiskExtension] = {}
         self._files: dict[str, v5.FileExtension] = {}
+        self._cloud_init: dict[str, v5.CloudInitExtension] = {}
 
     def wire(self) -> v5.InstanceSpec:
         spec = self._spec
@@ -257,7 +290,7 @@ class _Writer:
         for device in spec.devices:
             self._device(device, names)
         for name, backend in spec.backends.items():
-            self._file(names[name], backend)
+            self._backend(names[name], backend)
         for port in spec.serial_ports:
             number = _PORT_NUMBERS[port.number]
             name = _free(port.name or number.value, f"serial-{number.value}", taken)
@@ -290,6 +323,20 @@ class _Writer:
         if more != v5.DiskExtension():
             self._disks[device.name] = more
 
+    def _backend(self, name: str, backend: model.Backend) -> None:
+        if isinstance(backend, model.FileBlock):
+            self._file(name, backend)
+            return
+        text = ""
+        if isinstance(backend, model.BlobBlock):
+            text = base64.b64encode(backend.content).decode()
+        else:
+            self._cloud_init[name] = v5.CloudInitExtension(
+                user_data=backend.user_data, meta_data=backend.meta_data, network_config=backend.network_config
+            )
+        blob = v5.BlobStorageBackend(base64=text, readonly=backend.readonly)
+        self._components[name] = v5.BlobStorageBackendComponent(component=blob)
+
     def _file(self, name: str, backend: model.FileBlock) -> None:
         file = v5.FileStorageBackend(
             block_size=backend.block_size, path=backend.path, readonly=backend.readonly, workers=backend.workers
@@ -316,9 +363,14 @@ class _Writer:
             memory_backing=spec.memory_backing,
             disks=self._disks,
             files=self._files,
+            cloud_init=self._cloud_init,
             exit_on_halt=spec.exit_on_halt,
             exit_on_reboot=spec.exit_on_reboot,
         )
+
+
+def _find(entries: dict[str, T], name: str) -> T | None:
+    return next((more for other, more in entries.items() if key(other) == name), None)
 
 
 def _free(name: str, other: str, taken: set[str]) -> str:

@@ -22,7 +22,7 @@ from propolis.jail import JailSettings
 from propolis.keeper_protocol import StartOptions
 from propolis.lifecycle import Request
 from propolis.run_directory import RunDirectory
-from propolis.spec import DirectBoot, FileBlock, PciPath, Spec, VirtioBlock
+from propolis.spec import CloudInit, DirectBoot, FileBlock, PciPath, Spec, VirtioBlock
 from propolis.virtual_machine import VirtualMachine
 from propolis.zygote import Zygote
 from tests.machine import kernels
@@ -50,8 +50,11 @@ SPEC = Spec(
     cpus=2,
     memory_mib=64,
     boot=DirectBoot(kernel="kernel"),
-    devices=(VirtioBlock(name="disk", backend="disk", pci_path=PciPath(0, 4, 0)),),
-    backends={"disk": FileBlock(path="disk")},
+    devices=(
+        VirtioBlock(name="disk", backend="disk", pci_path=PciPath(0, 4, 0)),
+        VirtioBlock(name="seed", backend="seed", pci_path=PciPath(0, 24, 0)),
+    ),
+    backends={"disk": FileBlock(path="disk"), "seed": CloudInit(user_data="#cloud-config")},
 )
 
 late: list[str] = []
@@ -175,7 +178,7 @@ async def test_a_worker_holds_nothing_but_its_vm(tmp_path: Path) -> None:
     spec = msgspec.structs.replace(
         SPEC,
         boot=DirectBoot(kernel=str(tmp_path / "kernel")),
-        backends={"disk": FileBlock(path=str(tmp_path / "disk"))},
+        backends={**SPEC.backends, "disk": FileBlock(path=str(tmp_path / "disk"))},
     )
     (tmp_path / "kernel").write_bytes(kernels.monitor())
     (tmp_path / "disk").write_bytes(bytes(1 << 20))

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from propolis.backends.block import nocloud
+from propolis.backends.block.file import FileBackend
 from propolis.devices.device import Device
+from propolis.devices.virtio.blk import VirtioBlk
 from propolis.errors import HypervisorError, PauseError
 from propolis.keeper import LocalKeeper
 from propolis.lifecycle import GuestEvent
 from propolis.machine import Machine
-from propolis.spec import DirectBoot, Pvpanic, Spec
+from propolis.spec import BlobBlock, CloudInit, DirectBoot, PciPath, Pvpanic, Spec, VirtioBlock
 from tests.unit.firmware import images
 
 RESET_CONTROL = 0xCF9
@@ -214,4 +218,32 @@ async def test_devices_halt_at_once(tmp_path: Path) -> None:
     machine.devices += [Slow("one", one, other), Slow("other", other, one)]
     await machine.start()
     async with asyncio.timeout(10):
+        await machine.halt()
+
+
+async def test_disks_that_are_in_memory(tmp_path: Path) -> None:
+    """Their contents are what the spec says, and one for cloud-init cannot be written to."""
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(images.elf())
+    spec = Spec(
+        name="web",
+        cpus=1,
+        memory_mib=16,
+        boot=DirectBoot(kernel=str(kernel)),
+        devices=(
+            VirtioBlock(name="blob", backend="blob", pci_path=PciPath(0, 4, 0)),
+            VirtioBlock(name="seed", backend="seed", pci_path=PciPath(0, 24, 0)),
+        ),
+        backends={"blob": BlobBlock(content=b"x" * 1024), "seed": CloudInit(user_data="#cloud-config\n")},
+    )
+    machine = Machine(spec, LocalKeeper(), ignore, hypervisor="replay")
+    try:
+        blob, seed = (device.backend for device in machine.devices if isinstance(device, VirtioBlk))
+        assert not blob.read_only
+        assert seed.read_only
+        assert isinstance(blob, FileBackend)
+        assert isinstance(seed, FileBackend)
+        assert os.pread(blob.fd, 4096, 0) == b"x" * 1024
+        assert os.pread(seed.fd, 1 << 20, 0) == nocloud.volume("web", "#cloud-config\n")
+    finally:
         await machine.halt()

@@ -6,6 +6,8 @@ import pytest
 from propolis.errors import ConfigError
 from propolis.spec import (
     BOARD_FUNCTIONS,
+    BlobBlock,
+    CloudInit,
     DirectBoot,
     FileBlock,
     FirmwareBoot,
@@ -75,6 +77,10 @@ def test_defaults() -> None:
         ({"backends": IMAGES | {"x": FileBlock(path="")}}, ("backends", "x", "path")),
         ({"backends": IMAGES | {"x": FileBlock(path="/a", block_size=513)}}, ("backends", "x", "block_size")),
         ({"backends": IMAGES | {"x": FileBlock(path="/a", workers=33)}}, ("backends", "x", "workers")),
+        ({"backends": IMAGES | {"x": BlobBlock(content=b"")}}, ("backends", "x", "content")),
+        ({"backends": IMAGES | {"x": BlobBlock(content=bytes(513))}}, ("backends", "x", "content")),
+        ({"backends": IMAGES | {"x": CloudInit(user_data="x" * 524289)}}, ("backends", "x", "user_data")),
+        ({"backends": IMAGES | {"x": CloudInit(meta_data="\ud800")}}, ("backends", "x", "meta_data")),
     ],
 )
 def test_one_thing_wrong_is_one_problem(changes: dict[str, object], where: tuple[str | int, ...]) -> None:

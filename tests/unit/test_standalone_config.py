@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from propolis.errors import ConfigError
-from propolis.spec import DirectBoot, FileBlock, PciPath, Pvpanic, VirtioBlock
+from propolis.spec import CloudInit, DirectBoot, FileBlock, PciPath, Pvpanic, VirtioBlock
 from propolis.standalone_config import load, parse
 
 MAIN = """[main]
@@ -17,6 +17,9 @@ kernel = "vmlinuz"
 BLOCK = """[block_dev.image]
 type = "file"
 path = "disk.raw"
+"""
+VOLUME = """[block_dev.seed]
+type = "cloudinit"
 """
 DEVICE = """[dev.block0]
 driver = "pci-virtio-block"
@@ -115,6 +118,27 @@ def test_both_spellings_of_read_only(readonly: str, expected: bool) -> None:
     assert spec.backends["image"].readonly is expected
 
 
+def test_texts_for_cloud_init_are_in_the_file_or_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "user").write_text("#cloud-config\n# ü\n")
+    text = MAIN + VOLUME + DEVICE.replace("image", "seed")
+    text += '[cloudinit]\nuser-data-path = "user"\nmeta-data = "instance-id: i"\nnetwork-config-path = "/dev/null"'
+    expected = CloudInit(user_data="#cloud-config\n# ü\n", meta_data="instance-id: i", network_config="")
+    assert parse(text, "vm.toml", str(tmp_path)).backends == {"seed": expected}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\xff", "expected UTF-8 text"), (b"x" * 524289, "expected at most 524288 bytes of text")],
+)
+def test_a_file_that_is_no_text_for_cloud_init(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "user").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        parse(MAIN + VOLUME + '[cloudinit]\nuser-data-path = "user"', "vm.toml", str(tmp_path))
+    assert str(caught.value) == f"vm.toml:9:18: user-data-path: '{tmp_path}/user': {message}" + (
+        ", found a byte that is none" if content == b"\xff" else ""
+    )
+
+
 # A file with one thing wrong, the place of it, and words of the message.
 ONE_WRONG = [
     ("", "1:1", "the file has no [main]"),
@@ -161,18 +185,36 @@ ONE_WRONG = [
     (MAIN + "[chipset]\nenable-pcie = 1", "7:15", "enable-pcie: expected true or false, not 1"),
     (MAIN + "[chipset]\nenable_pcie = true", "7:1", "did you mean 'enable-pcie'?"),
     (MAIN + '[[pci_bridge]]\npci-path = "0.9.0"', "6:1", "'pci_bridge' is known, but not available"),
-    (MAIN + '[cloudinit]\nuser-data = "x"', "6:1", "'cloudinit' is known, but not available"),
+    (MAIN + '[cloudinit]\nuser-data = "x"', "6:1", "no [block_dev.NAME] is the volume: expected one of type"),
+    (MAIN + VOLUME + "[cloudinit]", "8:1", "[cloudinit] has no 'user-data': expected it or 'user-data-path'"),
+    (MAIN + VOLUME + "[cloudinit]\nuser-data = 1", "9:13", "user-data: expected a string, not 1"),
+    (MAIN + VOLUME + '[cloudinit]\nuserdata = ""\nuser-data = ""', "9:1", "did you mean 'user-data'?"),
+    (
+        MAIN + VOLUME + f'[cloudinit]\nuser-data = "{"x" * (1 << 19)}"\nmeta-data = "{"é" * (1 << 18)}é"',
+        "10:13",
+        "meta-data: expected at most 524288 bytes of text, not 524290",
+    ),
+    (
+        MAIN + VOLUME + '[cloudinit]\nuser-data-path = "/none"',
+        "9:18",
+        "user-data-path: open '/none': No such file or directory",
+    ),
+    (
+        MAIN + VOLUME + '[cloudinit]\nuser-data = "x"\nuser-data-path = "/dev/null"',
+        "9:1",
+        "'user-data' and 'user-data-path' are both given",
+    ),
     (MAIN + '[cpuid.x]\nvendor = "amd"', "6:1", "'cpuid' is known, but not available"),
     (MAIN + "[block_dev]\nx = 3", "7:5", "x: expected a table, not 3"),
-    (MAIN + "[block_dev.x]", "6:1", "[block_dev.x] has no 'type': expected 'file'"),
+    (MAIN + "[block_dev.x]", "6:1", "[block_dev.x] has no 'type': expected one of 'file', 'cloudinit'"),
     (MAIN + '[block_dev."a b".c]\ntype = "file"', "6:1", "[block_dev.'a b'] has no 'type'"),
     (MAIN + '[block_dev.x]\ntype = "file"', "6:1", "[block_dev.x] has no 'path'"),
     (MAIN + '[block_dev.x]\ntype = "flie"', "7:8", "unknown block backend type 'flie': did you mean 'file'?"),
-    (MAIN + '[block_dev.x]\ntype = "zzz"', "7:8", "unknown block backend type 'zzz': expected 'file'"),
+    (MAIN + '[block_dev.x]\ntype = "zzz"', "7:8", "type 'zzz': expected one of 'file', 'cloudinit'"),
     (MAIN + '[block_dev.x]\ntype = "crucible"\ntargets = []', "7:8", "type 'crucible' is known, but not available"),
     (MAIN + '[block_dev.x]\ntype = "crucible-mem"', "7:8", "type 'crucible-mem' is known, but not available"),
     (MAIN + '[block_dev.x]\ntype = "mem-async"', "7:8", "type 'mem-async' is known, but not available"),
-    (MAIN + '[block_dev.x]\ntype = "cloudinit"', "7:8", "type 'cloudinit' is known, but not available"),
+    (MAIN + '[block_dev.x]\ntype = "cloudinit"', "7:8", "the file has no [cloudinit]: expected one with"),
     (MAIN + BLOCK + "readonly = 1", "9:12", "readonly: expected true or false, not 1"),
     (MAIN + BLOCK + 'readonly = "false"', "9:12", "readonly: expected true or false, not 'false'"),
     (MAIN + BLOCK + 'read_only = "true"', "9:13", "read_only: expected true or false, not 'true'"),

@@ -16,6 +16,7 @@ from propolis import __version__
 from propolis.console.history import ConsoleHistory
 from propolis.http.app import make_app, serve
 from propolis.lifecycle import State
+from propolis.spec import CloudInit
 from tests.unit.cli.program import TREE, Program, at_terminal, cli
 from tests.unit.console.terminals import Pty, until
 from tests.unit.http.serving import UUID, Served, build, empty, kernel, one_vm, serving, wire_spec
@@ -86,7 +87,8 @@ def test_help_loads_nothing_heavy() -> None:
         (("-p", "0", "ls"), "'-p'"),
         (("wait", "web", "happy"), "'happy'"),
         (("set", "web"), "nothing to change"),
-        (("new", "web", "-s", "x.json", "-c", "1"), "-c and -m do not go with it"),
+        (("new", "web", "-s", "x.json", "-c", "1"), "-c, -m and --cloud-init do not go with it"),
+        (("new", "web", "--meta-data", "x"), "--meta-data and --network-config go with --cloud-init"),
         (("--url", "gopher://x", "ls"), "'gopher://x' is no server"),
         (("--token-file", "/none", "ls"), "read token file '/none': No such file"),
         (("--token-file", "/dev/null", "ls"), "expected a token on its first line"),
@@ -168,6 +170,37 @@ async def test_a_vm_from_a_toml_file(tmp_path: Path) -> None:
         assert shown["instance"]["properties"]["id"] == UUID
         assert shown["spec"]["value"]["board"]["cpus"] == 2
         await fails(served, 1, "there is a VM already", "new", "web", "-t", str(tmp_path / "vm.toml"))
+
+
+async def test_a_vm_with_a_volume_for_cloud_init(tmp_path: Path) -> None:
+    (tmp_path / "vm.toml").write_text(f"[main]\nname = 'x'\ncpus = 1\nmemory = 16\nkernel = '{kernel(tmp_path)}'\n")
+    for name, text in (("user", "#cloud-config\n"), ("meta", "instance-id: i"), ("network", "version: 2")):
+        (tmp_path / name).write_text(text)
+    words = ("new", "web", "-t", f"{tmp_path}/vm.toml", "--cloud-init")
+    async with empty(tmp_path) as served:
+        await fails(served, 2, "--cloud-init: open '/none': No such file or directory", *words, "/none")
+        more = ("--meta-data", f"{tmp_path}/meta", "--network-config", f"{tmp_path}/network")
+        await ok(served, *words, f"{tmp_path}/user", *more)
+        volume = CloudInit(user_data="#cloud-config\n", meta_data="instance-id: i", network_config="version: 2")
+        assert served.vm.spec.backends == {"cloud-init-backend": volume}
+        assert (await ok(served, "get", "web")).splitlines()[-1].split() == [
+            *("cloud-init", "0.24.0", "for", "cloud-init", "read-only")
+        ]
+
+
+async def test_no_room_for_the_volume_for_cloud_init(tmp_path: Path) -> None:
+    (tmp_path / "vm.toml").write_text("""
+        [block_dev.a]
+        type = "file"
+        path = "a"
+        [dev.a]
+        driver = "pci-virtio-block"
+        block_dev = "a"
+        pci-path = "0.24.0"
+    """)
+    words = ("new", "web", "-t", f"{tmp_path}/vm.toml", "--cloud-init", "/dev/null")
+    result = await cli(*words, environment={"PROPOLIS_URL": f"unix:{tmp_path}/none"})
+    assert result == (2, "", "propolis-cli: --cloud-init: PCI path 0.24.0 is already taken by device 'a'\n")
 
 
 async def test_a_vm_from_json(tmp_path: Path) -> None:

@@ -52,6 +52,12 @@ async def test_bodies_that_are_refused(tmp_path: Path) -> None:
             (io.BytesIO(b" " * (2 << 20)), JSON, 413, "larger than"),
             (b"[main]\nname = 3", {"Content-Type": "application/toml"}, 400, "the body:2:8"),
             (b"\xff", {"Content-Type": "application/toml"}, 400, "not UTF-8"),
+            (
+                b'[cloudinit]\nuser-data-path = "/etc/passwd"',
+                {"Content-Type": "application/toml"},
+                400,
+                "the body:2:18: user-data-path: expected the text itself",
+            ),
         ):
             reply = await one.ask("PUT", "/instances/web", data=body, headers=headers)
             assert (reply.status, words in json.dumps(reply.body)) == (status, True), reply

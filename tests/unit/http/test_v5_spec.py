@@ -1,5 +1,6 @@
 """Specs of Propolis API 5.0.0 become ours and come back as they were."""
 
+import base64
 import copy
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ KERNEL = {"type": "direct", "kernel": "/boot/vmlinuz"}
 ID = "0b3a7b64-0bb2-4c5e-9a7a-7f6b3f3ad1aa"
 
 
+BLOB = base64.b64encode(b"x" * 1024).decode()
+
+
 def pci(device: int, function: int = 0) -> dict[str, int]:
     return {"bus": 0, "device": device, "function": function}
 
@@ -29,6 +33,10 @@ def disk(backend: str, device: int = 4) -> dict[str, Any]:
 
 def file(path: str = "/disk", **more: Any) -> dict[str, Any]:
     return {"type": "file_storage_backend", "component": {"path": path, "readonly": False, "block_size": 512, **more}}
+
+
+def blob(content: str, **more: Any) -> dict[str, Any]:
+    return {"type": "blob_storage_backend", "component": {"base64": content, "readonly": False, **more}}
 
 
 def spec(components: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -61,12 +69,17 @@ FULL = spec(
         "com1": {"type": "serial_port", "component": {"num": "com1"}},
         "second": {"type": "serial_port", "component": {"num": "com2"}},
         "panic": {"type": "qemu_pvpanic", "component": {"enable_isa": True}},
+        "in memory": disk("blob", 6),
+        "blob": blob(BLOB),
+        "seed": disk("texts", 24),
+        "texts": blob("", readonly=True),
     },
     extensions={
         "boot": {"type": "direct", "kernel": "/k", "initrd": "/i", "cmdline": "quiet"},
         "memory_backing": "memfd",
         "disks": {"root": {"queues": 4, "serial": "S1"}},
         "files": {"data": {"skip_flush": True}},
+        "cloud_init": {"texts": {"user_data": "#cloud-config", "network_config": "version: 2"}},
         "exit_on_halt": 3,
         "exit_on_reboot": 4,
     },
@@ -108,10 +121,14 @@ def test_what_is_made_of_it() -> None:
             model.VirtioBlock(name="root", backend="root-file", pci_path=model.PciPath(0, 4, 0), queues=4, serial="S1"),
             model.VirtioBlock(name=ID, backend="data", pci_path=model.PciPath(0, 5, 0)),
             model.Pvpanic(name="panic", enable_isa=True),
+            model.VirtioBlock(name="in memory", backend="blob", pci_path=model.PciPath(0, 6, 0)),
+            model.VirtioBlock(name="seed", backend="texts", pci_path=model.PciPath(0, 24, 0)),
         ),
         backends={
             "root-file": model.FileBlock(path="/disk", workers=4),
             "data": model.FileBlock(path="/b", readonly=True, block_size=4096, skip_flush=True),
+            "blob": model.BlobBlock(content=b"x" * 1024),
+            "texts": model.CloudInit(user_data="#cloud-config", network_config="version: 2"),
         },
         serial_ports=(model.SerialPort(number=1), model.SerialPort(number=2, name="second")),
         exit_on_halt=3,
@@ -154,12 +171,30 @@ def test_names_that_devices_and_backends_share_become_two() -> None:
 NAMES = st.from_regex(r"[a-z][a-z0-9~/ .-]{0,12}", fullmatch=True)
 
 
+TEXTS = st.none() | st.text(max_size=20)
+BACKENDS = (
+    st.builds(
+        model.FileBlock,
+        path=st.sampled_from(["/a", "/b c", "/ü"]),
+        readonly=st.booleans(),
+        block_size=st.sampled_from(model.BLOCK_SIZES),
+        skip_flush=st.booleans(),
+        workers=st.none() | st.integers(1, 32),
+    )
+    | st.builds(
+        model.BlobBlock, content=st.binary(min_size=1, max_size=2).map(lambda c: c * 512), readonly=st.booleans()
+    )
+    | st.builds(model.CloudInit, user_data=st.text(max_size=20), meta_data=TEXTS, network_config=TEXTS)
+)
+
+
 @st.composite
 def specs(draw: st.DrawFn) -> model.Spec:
     names = draw(st.lists(NAMES, max_size=12, unique=True))
     has_panic = bool(names) and draw(st.booleans())
     panic = [model.Pvpanic(name=names.pop(), enable_isa=draw(st.booleans()))] if has_panic else []
-    disks, backends = [], {}
+    disks: list[model.VirtioBlock] = []
+    backends: dict[str, model.Backend] = {}
     for device in range(2, 2 + len(names) // 2):
         name, backend = names.pop(), names.pop()
         disks.append(
@@ -171,13 +206,7 @@ def specs(draw: st.DrawFn) -> model.Spec:
                 serial=draw(st.none() | st.from_regex(r"[A-Z0-9]{1,20}", fullmatch=True)),
             )
         )
-        backends[backend] = model.FileBlock(
-            path=draw(st.sampled_from(["/a", "/b c", "/ü"])),
-            readonly=draw(st.booleans()),
-            block_size=draw(st.sampled_from(model.BLOCK_SIZES)),
-            skip_flush=draw(st.booleans()),
-            workers=draw(st.none() | st.integers(1, 32)),
-        )
+        backends[backend] = draw(BACKENDS)
     return model.Spec(
         name="vm",
         cpus=draw(st.integers(1, 64)),
@@ -217,10 +246,12 @@ UNAVAILABLE = {
     "p9fs": {"chunk_size": 65536, "pci_path": pci(4), "source": "/", "target": "t"},
     "migration_failure_injector": {"fail_exports": 1, "fail_imports": 1},
     "crucible_storage_backend": {"readonly": False, "request_json": "{}"},
-    "blob_storage_backend": {"base64": "", "readonly": True},
     "virtio_network_backend": {"vnic_name": "v"},
     "dlpi_network_backend": {"vnic_name": "v"},
 }
+
+
+AVAILABLE = {"virtio_disk", "file_storage_backend", "blob_storage_backend", "serial_port", "qemu_pvpanic"}
 
 
 @pytest.mark.parametrize("kind", UNAVAILABLE)
@@ -253,6 +284,26 @@ def test_what_is_not_available_is_parsed_and_refused_by_name(kind: str) -> None:
         (spec({"b": file(block_size=513)}), "components/b/component/block_size"),
         (spec({"b": file(workers=33)}), "components/b/component/workers"),
         (spec({"\n": file()}), "components/\n"),
+        (spec({"b": blob("")}), "components/b/component/base64"),
+        (spec({"b": blob("eHh4")}), "components/b/component/base64"),
+        (spec({"b": blob("eHh4é")}), "components/b/component/base64"),
+        (spec({"b": file()}, extensions={"boot": KERNEL, "cloud_init": {"b": {}}}), "extensions/cloud_init/b"),
+        (spec({"b": blob(BLOB)}, extensions={"boot": KERNEL, "files": {"b": {}}}), "extensions/files/b"),
+        (
+            spec({"b": blob(BLOB, readonly=True)}, extensions={"boot": KERNEL, "cloud_init": {"b": {}}}),
+            "components/b/component/base64",
+        ),
+        (
+            spec({"b": blob("")}, extensions={"boot": KERNEL, "cloud_init": {"b": {}}}),
+            "components/b/component/readonly",
+        ),
+        (
+            spec(
+                {ID: blob("", readonly=True)},
+                extensions={"boot": KERNEL, "cloud_init": {ID.upper(): {"meta_data": "x" * 524289}}},
+            ),
+            f"extensions/cloud_init/{ID.upper()}/meta_data",
+        ),
         (
             spec({number: {"type": "serial_port", "component": {"num": "com1"}} for number in ("a", "b")}),
             "components/b/component/num",
@@ -304,4 +355,4 @@ def test_nothing_is_left_out(tmp_path: Path) -> None:
     """Each kind of component is either made something of, or listed as not available."""
     kinds = set(msgspec.json.schema_components([v5.InstanceSpec])[1]["InstanceSpec"]["properties"]["components"][
         "additionalProperties"]["discriminator"]["mapping"])  # fmt: skip
-    assert kinds == {*UNAVAILABLE, "virtio_disk", "file_storage_backend", "serial_port", "qemu_pvpanic"}
+    assert kinds == {*UNAVAILABLE, *AVAILABLE}
