@@ -9,7 +9,7 @@ import msgspec
 from propolis import spec as model
 from propolis import standalone_config
 from propolis.errors import ConfigError
-from propolis.toml_devices import DeviceTables, place_in_file, read_cloud_init
+from propolis.toml_devices import DeviceTables, place_in_file, read_cloud_init, report, take_boot_order
 from propolis.toml_table import NOT_HERE, Log, Path, Table, UnexpectedError, flag, parse_text, read_text
 
 CPUS, MEMORY_MIB = 4, 1024
@@ -42,15 +42,14 @@ def read_toml(shown: str, name: str, cpus: int | None, memory_mib: int | None) -
         except model.SpecError as error:
             raise _of_options(error) from error
     log = Log()
-    devices, backends = _devices(Table(log, (), document), folder)
+    devices, backends, order = _devices(Table(log, (), document), folder)
     if not log:
         _spec(name, cpus, memory_mib)  # what is wrong with this is not the file's fault
         try:
-            return _spec(name, cpus, memory_mib, devices, backends)
+            return _spec(name, cpus, memory_mib, devices, backends, order)
         except model.SpecError as error:
             for problem in error.problems:
-                path, is_key = place_in_file(problem.where, devices) or (problem.where, False)
-                log.add(path, problem.message if is_key else f"{path[-1]}: {problem.message}", is_key=is_key)
+                report(log, problem, place_in_file(problem.where, devices) or (problem.where, False))
     raise log.error(source, shown)
 
 
@@ -97,9 +96,11 @@ def read_json(shown: str) -> msgspec.Raw:
     return spec
 
 
-def _devices(root: Table, folder: str) -> tuple[list[model.Device], dict[str, model.Backend]]:
+def _devices(root: Table, folder: str) -> tuple[list[model.Device], dict[str, model.Backend], model.BootOrder | None]:
     tables = DeviceTables(folder)
-    root.table("main").unavailable("boot_order")
+    main = root.table("main")
+    order = take_boot_order(main)
+    main.finish()
     chipset = root.table("chipset")
     if chipset.take("enable-pcie", flag, False):
         chipset.wrong("enable-pcie", f"enable-pcie = true {NOT_HERE}", is_key=True)
@@ -107,7 +108,7 @@ def _devices(root: Table, folder: str) -> tuple[list[model.Device], dict[str, mo
     devices, backends = tables.read(root)
     root.unavailable("cpuid", "pci_bridge")
     root.finish()
-    return devices, backends
+    return devices, backends, order
 
 
 def _spec(
@@ -116,6 +117,7 @@ def _spec(
     memory_mib: int | None,
     devices: list[model.Device] | None = None,
     backends: dict[str, model.Backend] | None = None,
+    order: model.BootOrder | None = None,
 ) -> model.Spec:
     try:
         return model.Spec(
@@ -126,6 +128,7 @@ def _spec(
             boot_is_default=True,
             devices=tuple(devices or ()),
             backends=backends or {},
+            boot_order=order,
         )
     except model.SpecError as error:
         if devices is None:

@@ -15,7 +15,7 @@ from propolis import spec as model
 from propolis.errors import ConfigError
 from propolis.names import default_folder
 from propolis.toml_boot import take_boot
-from propolis.toml_devices import DeviceTables, place_in_file
+from propolis.toml_devices import DeviceTables, place_in_file, report
 from propolis.toml_table import (
     NOT_HERE,
     Log,
@@ -292,8 +292,7 @@ class _Reader:
             )
         except model.SpecError as error:
             for problem in error.problems:
-                path, is_key = _place(problem.where, devices)
-                self._log.add(path, problem.message if is_key else f"{path[-1]}: {problem.message}", is_key=is_key)
+                report(self._log, problem, _place(problem.where, devices))
         return Defaults(boot=boot, devices=tuple(devices), backends=backends)
 
     def _path(self, value: object) -> str:

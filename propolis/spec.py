@@ -184,6 +184,16 @@ class SerialPort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     name: str | None = None
 
 
+class BootOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The devices that firmware tries, by name, the first one first.
+
+    `name` is what the API calls this, "boot_settings" where there is none.
+    """
+
+    devices: tuple[str, ...]
+    name: str | None = None
+
+
 class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything needed to build one VM.
 
@@ -200,6 +210,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     devices: tuple[Device, ...] = ()
     backends: dict[str, Backend] = {}
     serial_ports: tuple[SerialPort, ...] = tuple(SerialPort(number=number) for number in SERIAL_PORTS)
+    boot_order: BootOrder | None = None
     exit_on_halt: int = 0
     exit_on_reboot: int | None = None
 
@@ -209,6 +220,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def __post_init__(self) -> None:
         problems = [*_board_problems(self), *_boot_problems(self.boot), *_device_problems(self)]
+        if self.boot_order is not None:
+            problems += _boot_order_problems(self.boot_order, self.devices)
         for name, backend in self.backends.items():
             problems += _backend_problems(name, backend)
         if problems:
@@ -259,6 +272,20 @@ def _boot_problems(boot: Boot) -> Iterator[Problem]:
         yield Problem(("boot", "cmdline"), "expected a kernel command line without NUL or newline")
     elif len(boot.cmdline.encode(errors="surrogatepass")) > MAX_CMDLINE:
         yield Problem(("boot", "cmdline"), f"expected a kernel command line of at most {MAX_CMDLINE} bytes")
+
+
+def _boot_order_problems(order: BootOrder, devices: tuple[Device, ...]) -> Iterator[Problem]:
+    there = {device.name: device for device in devices}
+    seen: set[str] = set()
+    for index, name in enumerate(order.devices):
+        where = ("boot_order", "devices", index)
+        if name not in there:
+            yield Problem(where, f"there is no device {name[:MAX_NAME]!r}")
+        elif isinstance(there[name], Pvpanic):
+            yield Problem(where, f"nothing can be booted from device {name!r}, a pvpanic")
+        elif name in seen:
+            yield Problem(where, f"device {name!r} is given twice")
+        seen.add(name)
 
 
 def _device_problems(spec: Spec) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from propolis import spec as model
 from propolis.toml_boot import take_boot
-from propolis.toml_devices import DeviceTables, place_in_file
+from propolis.toml_devices import DeviceTables, place_in_file, report, take_boot_order
 from propolis.toml_table import (
     NOT_HERE,
     Log,
@@ -27,7 +27,7 @@ from propolis.toml_table import (
 
 # What the grammar has beside the things that this version runs.
 _OTHER_TABLES = ("cpuid", "pci_bridge")
-_OTHER_MAIN_KEYS = ("bootrom_version", "cpuid_profile", "cpu_binding", "boot_order", "acpi_variant")
+_OTHER_MAIN_KEYS = ("bootrom_version", "cpuid_profile", "cpu_binding", "acpi_variant")
 
 # The keys of the file that are not called as the field of the Spec which they set.
 _MAIN_KEYS = {"memory_mib": "memory"}
@@ -79,6 +79,7 @@ class _Reader:
         cpus = main.require("cpus", whole, 1, f"a number from 1 to {model.MAX_CPUS}")
         memory_mib = main.require("memory", whole, model.MIN_MEMORY_MIB, "a number of MiB")
         boot = self._boot(main)
+        order = take_boot_order(main)
         interface: model.HypervisorInterface = main.take("hypervisor_interface", _hypervisor_interface, "kvm")
         backing: model.MemoryBacking = main.take("memory_backing", _memory_backing, "anonymous")
         exit_on_halt = main.take("exit_on_halt", whole, 0)
@@ -97,13 +98,13 @@ class _Reader:
                 hypervisor_interface=interface,
                 devices=tuple(devices),
                 backends=backends,
+                boot_order=order,
                 exit_on_halt=exit_on_halt,
                 exit_on_reboot=exit_on_reboot,
             )
         except model.SpecError as error:
             for problem in error.problems:
-                path, is_key = _place_in_file(problem.where, devices)
-                self._log.add(path, problem.message if is_key else f"{path[-1]}: {problem.message}", is_key=is_key)
+                report(self._log, problem, _place_in_file(problem.where, devices))
             return None
 
     def _boot(self, main: Table) -> model.Boot:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from propolis import spec as model
 from propolis.toml_table import (
     NOT_HERE,
+    Log,
     Path,
     Table,
     UnexpectedError,
@@ -166,13 +167,15 @@ _DRIVERS: dict[str, Callable[[str, Table], model.Device]] = {
 
 
 def place_in_file(where: Path, devices: list[model.Device]) -> tuple[Path, bool] | None:
-    """The path in the file of a field of a Spec's devices or backends, and whether the key there is at fault."""
+    """The path in the file of a field of a Spec that is about its devices, and whether the key there is at fault."""
     if where[0] == "devices" and isinstance(where[1], int):
         table: Path = ("dev", devices[where[1]].name)
         field = str(where[-1])
         if len(where) == 2 or field == "name":
             return table, True
         return (*table, _KEYS.get(field, field)), False
+    if where[0] == "boot_order":
+        return ("main", "boot_order", where[-1]), False
     if where[0] == "backends":
         if len(where) == 2:
             return ("block_dev", where[1]), True
@@ -180,6 +183,25 @@ def place_in_file(where: Path, devices: list[model.Device]) -> tuple[Path, bool]
             return ("cloudinit", key), False
         return ("block_dev", *where[1:]), False
     return None
+
+
+def report(log: Log, problem: model.Problem, place: tuple[Path, bool]) -> None:
+    """Notes what is wrong with a Spec, at its place in the file."""
+    path, is_key = place
+    field = next(part for part in reversed(path) if isinstance(part, str))
+    log.add(path, problem.message if is_key else f"{field}: {problem.message}", is_key=is_key)
+
+
+def take_boot_order(table: Table) -> model.BootOrder | None:
+    """The key `boot_order`, an array of the names of devices."""
+    names = table.take("boot_order", _names, None)
+    return None if names is None else model.BootOrder(devices=names)
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise UnexpectedError(f"expected an array of the names of devices, not {show(value)}")
+    return tuple(value)
 
 
 def read_cloud_init(path: str) -> str:

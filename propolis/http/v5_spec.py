@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+BOOT_SETTINGS = "boot_settings"  # what the component is called that says in which order devices are booted
 SPEC_AT = "/init/value/spec"
 NAME_AT = "/properties/name"
 _NOBODY = uuid.UUID(int=0)
@@ -24,7 +25,6 @@ _UNAVAILABLE = {
     v5.NvmeDiskComponent: "nvme_disk",
     v5.VirtioNicComponent: "virtio_nic",
     v5.PciPciBridgeComponent: "pci_pci_bridge",
-    v5.BootSettingsComponent: "boot_settings",
     v5.VirtioSocketComponent: "virtio_socket",
     v5.SoftNpuPciPortComponent: "soft_npu_pci_port",
     v5.SoftNpuPortComponent: "soft_npu_port",
@@ -104,6 +104,7 @@ class _Reader:
         self._devices: list[tuple[str, model.Device]] = []  # with the key of the component
         self._ports: list[tuple[str, model.SerialPort]] = []
         self._backends: dict[str, model.Backend] = {}
+        self._boot_order: tuple[str, model.BootOrder] | None = None
         self._keys: dict[str, str] = {}  # canonical: as it was written
 
     def spec(self, name: str, default_boot: model.Boot | None) -> model.Spec:
@@ -138,6 +139,7 @@ class _Reader:
             hypervisor_interface=self._hypervisor_interface(),
             devices=tuple(device for _, device in self._devices),
             backends=self._backends,
+            boot_order=None if self._boot_order is None else self._boot_order[1],
             serial_ports=tuple(port for _, port in self._ports),
             exit_on_halt=self._more.exit_on_halt,
             exit_on_reboot=self._more.exit_on_reboot,
@@ -187,6 +189,8 @@ class _Reader:
             self._backends[name] = self._file(name, component.component)
         elif isinstance(component, v5.BlobStorageBackendComponent):
             self._backends[name] = self._blob(written, name, component.component)
+        elif isinstance(component, v5.BootSettingsComponent):
+            self._boot_settings(written, name, component.component)
         else:
             self._wrong(f"{_UNAVAILABLE[type(component)]} is not available in this version", "components", written)
 
@@ -228,6 +232,14 @@ class _Reader:
             self._wrong(wanted, "components", written, "component", "readonly")
         return model.CloudInit(user_data=more.user_data, meta_data=more.meta_data, network_config=more.network_config)
 
+    def _boot_settings(self, written: str, name: str, settings: v5.BootSettings) -> None:
+        if self._boot_order is not None:
+            self._wrong(f"a VM has one boot_settings, and {self._boot_order[0]!r} is it", "components", written)
+            return
+        devices = tuple(key(entry.id) for entry in settings.order)
+        order = model.BootOrder(devices=devices, name=None if name == BOOT_SETTINGS else name)
+        self._boot_order = written, order
+
     def _leftovers(self, field: str, kind: str, entries: Iterable[str], known: Container[str]) -> None:
         for written in entries:
             if key(written) not in known:
@@ -257,6 +269,8 @@ class _Reader:
             return self._at + pointer("components", written) + (f"/{below}" if below else "")
         if first == "serial_ports":
             return self._at + pointer("components", self._ports[int(rest[0])][0], "component", "num")
+        if first == "boot_order" and self._boot_order is not None:
+            return self._at + pointer("components", self._boot_order[0], "component", "order", rest[-1], "id")
         if first == "backends":
             return self._at + self._backend_place(str(rest[0]), rest[1:])
         return self._at + pointer("extensions", *where)
@@ -296,6 +310,10 @@ class _Writer:
             name = _free(port.name or number.value, f"serial-{number.value}", taken)
             taken.add(name)
             self._components[name] = v5.SerialPortComponent(component=v5.SerialPort(num=number))
+        if (order := spec.boot_order) is not None:
+            settings = v5.BootSettings(order=tuple(v5.BootOrderEntry(id=device) for device in order.devices))
+            name = _free(order.name or BOOT_SETTINGS, "boot-settings", taken)
+            self._components[name] = v5.BootSettingsComponent(component=settings)
         more = self._extensions()
         return v5.InstanceSpec(
             board=v5.Board(

@@ -7,6 +7,7 @@ from propolis.errors import ConfigError
 from propolis.spec import (
     BOARD_FUNCTIONS,
     BlobBlock,
+    BootOrder,
     CloudInit,
     DirectBoot,
     FileBlock,
@@ -73,6 +74,15 @@ def test_defaults() -> None:
         ({"devices": (disk(queues=17),)}, ("devices", 0, "queues")),
         ({"devices": (disk(serial="x" * 21),)}, ("devices", 0, "serial")),
         ({"devices": (disk(serial="é"),)}, ("devices", 0, "serial")),
+        ({"boot_order": BootOrder(devices=("disk0",))}, ("boot_order", "devices", 0)),
+        (
+            {"devices": (disk(), disk("d", "other", "0.5.0")), "boot_order": BootOrder(devices=("d", "disk0", "d"))},
+            ("boot_order", "devices", 2),
+        ),
+        (
+            {"devices": (disk(), Pvpanic(name="p")), "boot_order": BootOrder(devices=("disk0", "p"))},
+            ("boot_order", "devices", 1),
+        ),
         ({"backends": IMAGES | {"": FileBlock(path="/a")}}, ("backends", "")),
         ({"backends": IMAGES | {"x": FileBlock(path="")}}, ("backends", "x", "path")),
         ({"backends": IMAGES | {"x": FileBlock(path="/a", block_size=513)}}, ("backends", "x", "block_size")),

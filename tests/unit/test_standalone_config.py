@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from propolis.errors import ConfigError
-from propolis.spec import CloudInit, DirectBoot, FileBlock, PciPath, Pvpanic, VirtioBlock
+from propolis.spec import BootOrder, CloudInit, DirectBoot, FileBlock, PciPath, Pvpanic, VirtioBlock
 from propolis.standalone_config import load, parse
 
 MAIN = """[main]
@@ -118,6 +118,13 @@ def test_both_spellings_of_read_only(readonly: str, expected: bool) -> None:
     assert spec.backends["image"].readonly is expected
 
 
+def test_boot_order() -> None:
+    text = MAIN + 'boot_order = ["b", "block0"]\n' + BLOCK + BLOCK.replace("image", "b") + DEVICE
+    text += DEVICE.replace("block0", "b").replace('"image"', '"b"').replace("0.4.0", "0.5.0")
+    assert parse(text, "vm.toml", "/").boot_order == BootOrder(devices=("b", "block0"))
+    assert parse(MAIN, "vm.toml", "/").boot_order is None
+
+
 def test_texts_for_cloud_init_are_in_the_file_or_beside_it(tmp_path: Path) -> None:
     (tmp_path / "user").write_text("#cloud-config\n# ü\n")
     text = MAIN + VOLUME + DEVICE.replace("image", "seed")
@@ -175,7 +182,15 @@ ONE_WRONG = [
     (MAIN + 'bootrom_version = "1"', "6:1", "'bootrom_version' is known, but not available"),
     (MAIN + 'cpuid_profile = "x"', "6:1", "'cpuid_profile' is known, but not available"),
     (MAIN + 'cpu_binding = "any"', "6:1", "'cpu_binding' is known, but not available"),
-    (MAIN + 'boot_order = ["x"]', "6:1", "'boot_order' is known, but not available"),
+    (MAIN + "boot_order = 1", "6:14", "boot_order: expected an array of the names of devices, not 1"),
+    (MAIN + "boot_order = [1]", "6:14", "boot_order: expected an array of the names of devices, not an array"),
+    (MAIN + 'boot_order = ["x"]', "6:15", "boot_order: there is no device 'x'"),
+    (MAIN + 'boot_order = ["block0", "block0"]\n' + BLOCK + DEVICE, "6:25", "device 'block0' is given twice"),
+    (
+        MAIN + 'boot_order = ["block0", "p"]\n' + BLOCK + DEVICE + '[dev.p]\ndriver = "qemu-pvpanic"',
+        "6:25",
+        "boot_order: nothing can be booted from device 'p', a pvpanic",
+    ),
     (MAIN + 'acpi_variant = "V0"', "6:1", "'acpi_variant' is known, but not available"),
     (MAIN + "zzzz = 1", "6:1", "unknown key 'zzzz' in [main]: expected one of 'name', 'cpus'"),
     (MAIN + '"a\\nb" = 1', "6:1", r"unknown key 'a\nb' in [main]"),

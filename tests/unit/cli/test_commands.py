@@ -231,6 +231,7 @@ async def test_a_vm_that_needs_the_server_s_configuration(tmp_path: Path) -> Non
             "[dev.x]\ndriver = 'pci-virtio-block'\nblock_dev = 'no'\npci-path = '0.1.0'",
             "vm.toml:4:12: pci-path: PCI path 0.1.0 belongs to the ISA bridge of the board",
         ),
+        ("[main]\nboot_order = ['x']\n", "vm.toml:2:15: boot_order: there is no device 'x'"),
         ("= 1", "vm.toml:1:1: not TOML"),
     ],
 )

@@ -39,6 +39,10 @@ def blob(content: str, **more: Any) -> dict[str, Any]:
     return {"type": "blob_storage_backend", "component": {"base64": content, "readonly": False, **more}}
 
 
+def order(*devices: str) -> dict[str, Any]:
+    return {"type": "boot_settings", "component": {"order": [{"id": device} for device in devices]}}
+
+
 def spec(components: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     return {
         "board": copy.deepcopy(BOARD),
@@ -73,6 +77,7 @@ FULL = spec(
         "blob": blob(BLOB),
         "seed": disk("texts", 24),
         "texts": blob("", readonly=True),
+        "boot order": order(ID, "root"),
     },
     extensions={
         "boot": {"type": "direct", "kernel": "/k", "initrd": "/i", "cmdline": "quiet"},
@@ -96,6 +101,7 @@ FULL = spec(
         spec(extensions={"boot": KERNEL, "hypervisor_interface": "none"}),
         spec({"d": disk("b"), "b": file(workers=None)}),
         spec({"d": disk("b"), "b": file(workers=8)}),
+        spec({"boot_settings": order()}),
     ],
 )
 def test_a_spec_read_back_is_the_one_sent(wire: dict[str, Any]) -> None:
@@ -130,6 +136,7 @@ def test_what_is_made_of_it() -> None:
             "blob": model.BlobBlock(content=b"x" * 1024),
             "texts": model.CloudInit(user_data="#cloud-config", network_config="version: 2"),
         },
+        boot_order=model.BootOrder(devices=(ID, "root"), name="boot order"),
         serial_ports=(model.SerialPort(number=1), model.SerialPort(number=2, name="second")),
         exit_on_halt=3,
         exit_on_reboot=4,
@@ -169,6 +176,10 @@ def test_names_that_devices_and_backends_share_become_two() -> None:
 
 
 NAMES = st.from_regex(r"[a-z][a-z0-9~/ .-]{0,12}", fullmatch=True)
+
+
+def _order(names: list[str]) -> model.BootOrder:
+    return model.BootOrder(devices=tuple(names))
 
 
 TEXTS = st.none() | st.text(max_size=20)
@@ -216,6 +227,7 @@ def specs(draw: st.DrawFn) -> model.Spec:
         hypervisor_interface=draw(st.sampled_from(["kvm", "bhyve", "none"])),
         devices=(*disks, *panic),
         backends=backends,
+        boot_order=draw(st.none() | st.permutations([d.name for d in disks]).map(_order)),
         serial_ports=tuple(model.SerialPort(number=number) for number in sorted(draw(st.sets(st.integers(1, 4))))),
         exit_on_halt=draw(st.integers(0, 255)),
         exit_on_reboot=draw(st.none() | st.integers(0, 255)),
@@ -238,7 +250,6 @@ UNAVAILABLE = {
     "nvme_disk": {"backend_id": "b", "pci_path": pci(4), "serial_number": [0] * 20},
     "virtio_nic": {"backend_id": "b", "interface_id": ID, "pci_path": pci(4)},
     "pci_pci_bridge": {"downstream_bus": 1, "pci_path": pci(4)},
-    "boot_settings": {"order": [{"id": "d"}]},
     "virtio_socket": {"guest_cid": 3, "pci_path": pci(4)},
     "soft_npu_pci_port": {"pci_path": pci(4)},
     "soft_npu_port": {"backend_id": "b", "link_name": "l"},
@@ -251,7 +262,14 @@ UNAVAILABLE = {
 }
 
 
-AVAILABLE = {"virtio_disk", "file_storage_backend", "blob_storage_backend", "serial_port", "qemu_pvpanic"}
+AVAILABLE = {
+    "virtio_disk",
+    "boot_settings",
+    "file_storage_backend",
+    "blob_storage_backend",
+    "serial_port",
+    "qemu_pvpanic",
+}
 
 
 @pytest.mark.parametrize("kind", UNAVAILABLE)
@@ -284,6 +302,10 @@ def test_what_is_not_available_is_parsed_and_refused_by_name(kind: str) -> None:
         (spec({"b": file(block_size=513)}), "components/b/component/block_size"),
         (spec({"b": file(workers=33)}), "components/b/component/workers"),
         (spec({"\n": file()}), "components/\n"),
+        (spec({"o": order("d")}), "components/o/component/order/0/id"),
+        (spec({"d": disk("b"), "b": file(), "o": order("d", "d")}), "components/o/component/order/1/id"),
+        (spec({"d": disk("b"), "b": file(), "o": order("b")}), "components/o/component/order/0/id"),
+        (spec({"o": order(), "p": order()}), "components/p"),
         (spec({"b": blob("")}), "components/b/component/base64"),
         (spec({"b": blob("eHh4")}), "components/b/component/base64"),
         (spec({"b": blob("eHh4é")}), "components/b/component/base64"),
