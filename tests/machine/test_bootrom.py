@@ -30,7 +30,7 @@ def rom() -> bytes:
         "b0 50 e6 70 e4 71 3c 07"  # is a byte of the clock's memory, which outlives a reset, 7?
     )
     again = bytes.fromhex("b0 50 e6 70 b0 07 e6 71 ba f9 0c b0 06 ee f4 eb fd")  # make it that, and reset
-    end = bytes.fromhex("ba 04 b0 b8 00 20 ef f4 eb fd")  # to S5
+    end = bytes.fromhex("ba fd 03 ec a8 01 74 fb ba 04 b0 b8 00 20 ef f4 eb fd")  # to S5, once a key was typed
     code = first + b"\x74" + bytes([len(again)]) + again + end
     image = bytearray(b"\xf4" * SIZE)
     image[START : START + len(code)] = code
