@@ -19,6 +19,7 @@ from propolis.devices.fw_cfg import FirmwareConfig
 from propolis.devices.power import PowerEvent
 from propolis.errors import HypervisorError, PauseError
 from propolis.firmware import acpi, boot, layout
+from propolis.firmware.boot_order import boot_order
 from propolis.firmware.bootrom import load as load_bootrom
 from propolis.hypervisor import create_vcpu, open_vm
 from propolis.hypervisor.cpuid import machine_cpuid, vcpu_cpuid
@@ -122,6 +123,8 @@ class Machine:
         offer.offer_machine(config, memory_size, tables)
         if self._kernel is not None:
             offer.offer_kernel(config, self._kernel, self._initrd, self.spec.boot.cmdline)
+        if (order := boot_order(self.spec)) is not None:
+            config.add_file("bootorder", order)
         config.publish()
         self.devices.append(config)
 
