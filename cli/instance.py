@@ -54,6 +54,7 @@ class Made(NamedTuple):
     autostart: bool
     restart: Restart
     cloud_init: CloudInit | None = None
+    cpuid_profile: str | None = None
 
 
 def new(made: Made) -> Work:
@@ -87,7 +88,7 @@ def _spec_of(made: Made) -> Spec | msgspec.Raw:
     if made.spec is not None:
         return spec_file.read_json(made.spec)
     if made.toml is not None:
-        spec = spec_file.read_toml(made.toml, made.name, made.cpus, made.memory_mib)
+        spec = spec_file.read_toml(made.toml, made.name, made.cpus, made.memory_mib, made.cpuid_profile)
     else:
         spec = spec_file.plain(made.name, made.cpus, made.memory_mib)
     return spec if made.cloud_init is None else spec_file.with_cloud_init(spec, *made.cloud_init)

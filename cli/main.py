@@ -160,6 +160,10 @@ def new(
         ),
     ] = None,
     spec: Annotated[Path | None, typer.Option("--spec", "-s", metavar="FILE", help="A spec in JSON.")] = None,
+    cpuid_profile: Annotated[
+        str | None,
+        typer.Option("--cpuid-profile", metavar="NAME", help="With -t: the [cpuid.NAME] that the guest sees."),
+    ] = None,
     cloud_init: Annotated[
         Path | None,
         typer.Option("--cloud-init", metavar="FILE", help="User-data: adds a disk with it for the guest's cloud-init."),
@@ -184,6 +188,8 @@ def new(
     """
     if spec is not None and not (toml is None and cpus is None and memory is None and cloud_init is None):
         raise typer.BadParameter("-s already says all of this: -t, -c, -m and --cloud-init do not go with it")
+    if cpuid_profile is not None and toml is None:
+        raise typer.BadParameter("--cpuid-profile goes with -t")
     if cloud_init is None and not (meta_data is None and network_config is None):
         raise typer.BadParameter("--meta-data and --network-config go with --cloud-init")
     from . import instance
@@ -198,6 +204,7 @@ def new(
         description=description,
         autostart=autostart,
         restart=restart.value,
+        cpuid_profile=cpuid_profile,
         cloud_init=None
         if cloud_init is None
         else instance.CloudInit(str(cloud_init), _optional(meta_data), _optional(network_config)),

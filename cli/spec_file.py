@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import msgspec
 
 from propolis import spec as model
 from propolis import standalone_config
 from propolis.errors import ConfigError
+from propolis.toml_cpuid import CpuidTables, choose
 from propolis.toml_devices import DeviceTables, place_in_file, read_cloud_init, report, take_boot_order
 from propolis.toml_table import NOT_HERE, Log, Path, Table, UnexpectedError, flag, parse_text, read_text
 
@@ -24,14 +26,16 @@ def plain(name: str, cpus: int | None, memory_mib: int | None) -> model.Spec:
     return _spec(name, cpus, memory_mib)
 
 
-def read_toml(shown: str, name: str, cpus: int | None, memory_mib: int | None) -> model.Spec:
+def read_toml(
+    shown: str, name: str, cpus: int | None, memory_mib: int | None, cpuid_profile: str | None = None
+) -> model.Spec:
     """The VM that a TOML file describes; what is given beside it counts more."""
     source = read_text(shown)
     folder = os.path.dirname(os.path.abspath(shown))
     document = parse_text(source, shown)
     main = document.get("main")
     if isinstance(main, dict) and not main.keys() <= {"boot_order"}:
-        spec = standalone_config.parse(source, shown, folder)
+        spec = standalone_config.parse(source, shown, folder, cpuid_profile=cpuid_profile)
         try:
             return msgspec.structs.replace(
                 spec,
@@ -42,14 +46,17 @@ def read_toml(shown: str, name: str, cpus: int | None, memory_mib: int | None) -
         except model.SpecError as error:
             raise _of_options(error) from error
     log = Log()
-    devices, backends, order = _devices(Table(log, (), document), folder)
+    root = Table(log, (), document)
+    profiles = CpuidTables(root.table("cpuid"))
+    found = _devices(root, folder, profiles, cpuid_profile)
     if not log:
         _spec(name, cpus, memory_mib)  # what is wrong with this is not the file's fault
         try:
-            return _spec(name, cpus, memory_mib, devices, backends, order)
+            return _spec(name, cpus, memory_mib, found)
         except model.SpecError as error:
             for problem in error.problems:
-                report(log, problem, place_in_file(problem.where, devices) or (problem.where, False))
+                place = profiles.place(problem.where) or place_in_file(problem.where, found.devices)
+                report(log, problem, place or (problem.where, False))
     raise log.error(source, shown)
 
 
@@ -96,7 +103,16 @@ def read_json(shown: str) -> msgspec.Raw:
     return spec
 
 
-def _devices(root: Table, folder: str) -> tuple[list[model.Device], dict[str, model.Backend], model.BootOrder | None]:
+class _Found(NamedTuple):
+    """What a file without a board describes."""
+
+    devices: list[model.Device]
+    backends: dict[str, model.Backend]
+    order: model.BootOrder | None
+    cpuid: model.CpuidProfile | None
+
+
+def _devices(root: Table, folder: str, profiles: CpuidTables, cpuid_profile: str | None) -> _Found:
     tables = DeviceTables(folder)
     main = root.table("main")
     order = take_boot_order(main)
@@ -106,19 +122,13 @@ def _devices(root: Table, folder: str) -> tuple[list[model.Device], dict[str, mo
         chipset.wrong("enable-pcie", f"enable-pcie = true {NOT_HERE}", is_key=True)
     chipset.finish()
     devices, backends = tables.read(root)
-    root.unavailable("cpuid", "pci_bridge")
+    root.unavailable("pci_bridge")
     root.finish()
-    return devices, backends, order
+    return _Found(devices, backends, order, choose(profiles, cpuid_profile))
 
 
-def _spec(
-    name: str,
-    cpus: int | None,
-    memory_mib: int | None,
-    devices: list[model.Device] | None = None,
-    backends: dict[str, model.Backend] | None = None,
-    order: model.BootOrder | None = None,
-) -> model.Spec:
+def _spec(name: str, cpus: int | None, memory_mib: int | None, found: _Found | None = None) -> model.Spec:
+    devices, backends, order, cpuid = found or _Found([], {}, None, None)
     try:
         return model.Spec(
             name=name,
@@ -126,12 +136,13 @@ def _spec(
             memory_mib=MEMORY_MIB if memory_mib is None else memory_mib,
             boot=model.FirmwareBoot(bootrom="?"),
             boot_is_default=True,
-            devices=tuple(devices or ()),
-            backends=backends or {},
+            devices=tuple(devices),
+            backends=backends,
             boot_order=order,
+            cpuid=cpuid,
         )
     except model.SpecError as error:
-        if devices is None:
+        if found is None:
             raise _of_options(error) from error
         raise
 

@@ -22,7 +22,8 @@ from propolis.firmware import acpi, boot, layout
 from propolis.firmware.boot_order import boot_order
 from propolis.firmware.bootrom import load as load_bootrom
 from propolis.hypervisor import create_vcpu, open_vm
-from propolis.hypervisor.cpuid import machine_cpuid, vcpu_cpuid
+from propolis.hypervisor.cpuid import SIGNIFICANT_INDEX, Entry, machine_cpuid, vcpu_cpuid
+from propolis.hypervisor.cpuid_profile import leaves_on
 from propolis.lifecycle import GuestEvent
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from propolis.devices.device import Device
     from propolis.firmware.board import Board as TableBoard
     from propolis.hypervisor import MachineVcpu
-    from propolis.hypervisor.cpuid import Entry
     from propolis.hypervisor.state import Registers
 
 log = logging.getLogger(__name__)
@@ -99,9 +99,10 @@ class Machine:
         if bootrom is not None:
             load_bootrom(self.vm.memory, bootrom)
         self.vm.map_memory()
-        self.cpuid = machine_cpuid(
-            self.vm.supported_cpuid(), spec.cpus, spec.hypervisor_interface, self.vm.has_deadline_timer()
-        )
+        leaves, deadline_timer = self.vm.supported_cpuid(), self.vm.has_deadline_timer()
+        if spec.cpuid is not None:
+            leaves, deadline_timer = leaves_on(leaves, _entries(spec.cpuid), deadline_timer)
+        self.cpuid = machine_cpuid(leaves, spec.cpus, spec.hypervisor_interface, deadline_timer)
         for index in range(spec.cpus):
             vcpu = create_vcpu(self.vm, index, self._vcpu_events(index))
             undo.callback(vcpu.close)
@@ -315,6 +316,13 @@ async def _halt(device: Device) -> None:
     except Exception as error:  # noqa: BLE001 -- whatever one device does, the others are let go
         # Its text alone: with its traceback a record would keep this machine's descriptors open.
         log.error("a device did not halt: device=%s reason=%s", device.name, repr(error))  # noqa: TRY400
+
+
+def _entries(profile: model.CpuidProfile) -> list[Entry]:
+    return [
+        Entry(e.leaf, e.subleaf or 0, 0 if e.subleaf is None else SIGNIFICANT_INDEX, e.eax, e.ebx, e.ecx, e.edx)
+        for e in profile.leaves
+    ]
 
 
 def _physical_bits(cpuid: list[Entry]) -> int:

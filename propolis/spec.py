@@ -26,6 +26,9 @@ BLOCK_WORKERS = 8
 SERIAL_BYTES = 20  # VIRTIO_BLK_ID_BYTES, virtio 1.2 §5.2.6
 MAX_NAME = 64
 MAX_CMDLINE = 65535
+MAX_CPUID_LEAVES = 128
+HYPERVISOR_LEAVES = range(0x4000_0000, 0x5000_0000)
+CPU_VENDORS = {"amd": b"AuthenticAMD", "intel": b"GenuineIntel"}
 MAX_CLOUD_INIT_BYTES = 512 << 10  # of each of its texts
 CLOUD_INIT_VOLUME_BYTES = 2 << 20  # of all of them, at most
 BLOB_BLOCK = 512
@@ -184,6 +187,24 @@ class SerialPort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     name: str | None = None
 
 
+class CpuidLeaf(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the CPUID instruction answers; without `subleaf`, to every sub-leaf."""
+
+    leaf: int
+    subleaf: int | None = None
+    eax: int = 0
+    ebx: int = 0
+    ecx: int = 0
+    edx: int = 0
+
+
+class CpuidProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All leaves that a guest sees, but for those of its hypervisor; topology is put into them."""
+
+    vendor: Literal["amd", "intel"]
+    leaves: tuple[CpuidLeaf, ...]
+
+
 class BootOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The devices that firmware tries, by name, the first one first.
 
@@ -207,6 +228,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     boot_is_default: bool = False
     memory_backing: MemoryBacking = "anonymous"
     hypervisor_interface: HypervisorInterface = "kvm"
+    cpuid: CpuidProfile | None = None
     devices: tuple[Device, ...] = ()
     backends: dict[str, Backend] = {}
     serial_ports: tuple[SerialPort, ...] = tuple(SerialPort(number=number) for number in SERIAL_PORTS)
@@ -220,6 +242,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def __post_init__(self) -> None:
         problems = [*_board_problems(self), *_boot_problems(self.boot), *_device_problems(self)]
+        if self.cpuid is not None:
+            problems += _cpuid_problems(self.cpuid)
         if self.boot_order is not None:
             problems += _boot_order_problems(self.boot_order, self.devices)
         for name, backend in self.backends.items():
@@ -272,6 +296,36 @@ def _boot_problems(boot: Boot) -> Iterator[Problem]:
         yield Problem(("boot", "cmdline"), "expected a kernel command line without NUL or newline")
     elif len(boot.cmdline.encode(errors="surrogatepass")) > MAX_CMDLINE:
         yield Problem(("boot", "cmdline"), f"expected a kernel command line of at most {MAX_CMDLINE} bytes")
+
+
+def _cpuid_problems(cpuid: CpuidProfile) -> Iterator[Problem]:
+    if len(cpuid.leaves) > MAX_CPUID_LEAVES:
+        yield Problem(("cpuid", "leaves"), f"expected at most {MAX_CPUID_LEAVES} leaves, not {len(cpuid.leaves)}")
+    seen: set[tuple[int, int | None]] = set()
+    for index, leaf in enumerate(cpuid.leaves):
+        where = ("cpuid", "leaves", index)
+        if leaf.leaf in HYPERVISOR_LEAVES:
+            yield Problem(where, f"leaf {leaf.leaf:#x} is the hypervisor's to answer")
+        elif (leaf.leaf, leaf.subleaf) in seen:
+            yield Problem(where, f"leaf {_leaf_text(leaf)} is given twice")
+        elif leaf.subleaf is not None and (leaf.leaf, None) in seen:
+            yield Problem(where, f"leaf {leaf.leaf:#x} is given for every sub-leaf as well")
+        elif leaf.subleaf is None and any(number == leaf.leaf for number, _ in seen):
+            yield Problem(where, f"leaf {leaf.leaf:#x} is given for one sub-leaf as well")
+        seen.add((leaf.leaf, leaf.subleaf))
+    first = next((leaf for leaf in cpuid.leaves if leaf.leaf == 0), None)
+    if first is None:
+        yield Problem(("cpuid", "leaves"), "expected leaf 0x0, which says who made the processor")
+    else:
+        name = b"".join(
+            (register & 0xFFFF_FFFF).to_bytes(4, "little") for register in (first.ebx, first.edx, first.ecx)
+        )
+        if name != CPU_VENDORS[cpuid.vendor]:
+            yield Problem(("cpuid", "vendor"), f"leaf 0x0 is not {cpuid.vendor}'s: its vendor is {name!r}")
+
+
+def _leaf_text(leaf: CpuidLeaf) -> str:
+    return f"{leaf.leaf:#x}" if leaf.subleaf is None else f"{leaf.leaf:#x}-{leaf.subleaf:#x}"
 
 
 def _boot_order_problems(order: BootOrder, devices: tuple[Device, ...]) -> Iterator[Problem]:

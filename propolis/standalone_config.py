@@ -10,6 +10,7 @@ from typing import Literal
 
 from propolis import spec as model
 from propolis.toml_boot import take_boot
+from propolis.toml_cpuid import CpuidTables, take_profile
 from propolis.toml_devices import DeviceTables, place_in_file, report, take_boot_order
 from propolis.toml_table import (
     NOT_HERE,
@@ -26,8 +27,8 @@ from propolis.toml_table import (
 )
 
 # What the grammar has beside the things that this version runs.
-_OTHER_TABLES = ("cpuid", "pci_bridge")
-_OTHER_MAIN_KEYS = ("bootrom_version", "cpuid_profile", "cpu_binding", "acpi_variant")
+_OTHER_TABLES = ("pci_bridge",)
+_OTHER_MAIN_KEYS = ("bootrom_version", "cpu_binding", "acpi_variant")
 
 # The keys of the file that are not called as the field of the Spec which they set.
 _MAIN_KEYS = {"memory_mib": "memory"}
@@ -39,13 +40,17 @@ def load(path: str | os.PathLike[str]) -> model.Spec:
     return parse(read_text(shown), shown, os.path.dirname(os.path.abspath(shown)))
 
 
-def parse(source: str, shown: str, folder: str, *, may_read: bool = True) -> model.Spec:
+def parse(
+    source: str, shown: str, folder: str, *, may_read: bool = True, cpuid_profile: str | None = None
+) -> model.Spec:
     """Read the text of a file; messages call it `shown`, relative paths in it begin at `folder`.
 
-    Without `may_read` no other file is opened, as the text came from elsewhere.
+    Without `may_read` no other file is opened, as the text came from elsewhere. `cpuid_profile` takes the place of the
+    one that the file chooses.
     """
     log = Log()
-    spec = _Reader(log, DeviceTables(folder, may_read=may_read)).document(Table(log, (), parse_text(source, shown)))
+    reader = _Reader(log, DeviceTables(folder, may_read=may_read), cpuid_profile)
+    spec = reader.document(Table(log, (), parse_text(source, shown)))
     if spec is None or log:
         raise log.error(source, shown)
     return spec
@@ -54,9 +59,10 @@ def parse(source: str, shown: str, folder: str, *, may_read: bool = True) -> mod
 class _Reader:
     """The grammar, a method for each table."""
 
-    def __init__(self, log: Log, devices: DeviceTables) -> None:
+    def __init__(self, log: Log, devices: DeviceTables, cpuid_profile: str | None) -> None:
         self._log = log
         self._devices = devices
+        self._cpuid_profile = cpuid_profile
 
     def document(self, root: Table) -> model.Spec | None:
         main = root.table("main")
@@ -65,16 +71,23 @@ class _Reader:
             chipset.wrong("enable-pcie", f"enable-pcie = true {NOT_HERE}", is_key=True)
         chipset.finish()
         devices, backends = self._devices.read(root)
+        profiles = CpuidTables(root.table("cpuid"))
         root.unavailable(*_OTHER_TABLES)
         spec = None
         if "main" not in root:
             root.wrong("main", "the file has no [main]: expected one with name, cpus, memory and kernel", is_key=True)
         else:
-            spec = self._main(main, devices, backends)
+            spec = self._main(main, devices, backends, profiles)
         root.finish(lambda key: "it belongs in [main]" if key in main.known else None)
         return spec
 
-    def _main(self, main: Table, devices: list[model.Device], backends: dict[str, model.Backend]) -> model.Spec | None:
+    def _main(
+        self,
+        main: Table,
+        devices: list[model.Device],
+        backends: dict[str, model.Backend],
+        profiles: CpuidTables,
+    ) -> model.Spec | None:
         name = main.require("name", text, "unnamed", "the VM's name")
         cpus = main.require("cpus", whole, 1, f"a number from 1 to {model.MAX_CPUS}")
         memory_mib = main.require("memory", whole, model.MIN_MEMORY_MIB, "a number of MiB")
@@ -82,6 +95,7 @@ class _Reader:
         order = take_boot_order(main)
         interface: model.HypervisorInterface = main.take("hypervisor_interface", _hypervisor_interface, "kvm")
         backing: model.MemoryBacking = main.take("memory_backing", _memory_backing, "anonymous")
+        cpuid = take_profile(main, profiles, self._cpuid_profile)
         exit_on_halt = main.take("exit_on_halt", whole, 0)
         exit_on_reboot = main.take("exit_on_reboot", whole, None)
         if main.take("use_reservoir", flag, False):
@@ -99,12 +113,13 @@ class _Reader:
                 devices=tuple(devices),
                 backends=backends,
                 boot_order=order,
+                cpuid=cpuid,
                 exit_on_halt=exit_on_halt,
                 exit_on_reboot=exit_on_reboot,
             )
         except model.SpecError as error:
             for problem in error.problems:
-                report(self._log, problem, _place_in_file(problem.where, devices))
+                report(self._log, problem, profiles.place(problem.where) or _place_in_file(problem.where, devices))
             return None
 
     def _boot(self, main: Table) -> model.Boot:

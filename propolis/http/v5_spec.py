@@ -139,6 +139,7 @@ class _Reader:
             hypervisor_interface=self._hypervisor_interface(),
             devices=tuple(device for _, device in self._devices),
             backends=self._backends,
+            cpuid=self._cpuid(),
             boot_order=None if self._boot_order is None else self._boot_order[1],
             serial_ports=tuple(port for _, port in self._ports),
             exit_on_halt=self._more.exit_on_halt,
@@ -162,8 +163,6 @@ class _Reader:
             self._wrong("hyper_v is not available in this version", "board", "guest_hv_interface", "type")
         elif board.guest_hv_interface is not None and self._more.hypervisor_interface is not None:
             self._wrong("board.guest_hv_interface says otherwise", "extensions", "hypervisor_interface")
-        if board.cpuid is not None:
-            self._wrong("a CPUID of one's own is not available in this version", "board", "cpuid")
         if self._wire.smbios is not None:
             self._wrong("SMBIOS tables are not available in this version", "smbios")
 
@@ -171,6 +170,15 @@ class _Reader:
         if self._more.hypervisor_interface is not None:
             return self._more.hypervisor_interface
         return "kvm" if self._wire.board.guest_hv_interface is None else "bhyve"
+
+    def _cpuid(self) -> model.CpuidProfile | None:
+        if (cpuid := self._wire.board.cpuid) is None:
+            return None
+        leaves = (
+            model.CpuidLeaf(leaf=e.leaf, subleaf=e.subleaf, eax=e.eax, ebx=e.ebx, ecx=e.ecx, edx=e.edx)
+            for e in cpuid.entries
+        )
+        return model.CpuidProfile(vendor=cpuid.vendor.value, leaves=tuple(leaves))
 
     def _component(self, written: str, component: v5.Component) -> None:
         name = key(written)
@@ -269,6 +277,8 @@ class _Reader:
             return self._at + pointer("components", written) + (f"/{below}" if below else "")
         if first == "serial_ports":
             return self._at + pointer("components", self._ports[int(rest[0])][0], "component", "num")
+        if first == "cpuid":
+            return self._at + pointer("board", "cpuid", *("entries" if part == "leaves" else part for part in rest))
         if first == "boot_order" and self._boot_order is not None:
             return self._at + pointer("components", self._boot_order[0], "component", "order", rest[-1], "id")
         if first == "backends":
@@ -321,6 +331,7 @@ class _Writer:
                 memory_mb=spec.memory_mib,
                 chipset=v5.I440FxChipset(value=v5.I440Fx(enable_pcie=False)),
                 guest_hv_interface=v5.BhyveInterface() if spec.hypervisor_interface == "bhyve" else None,
+                cpuid=None if spec.cpuid is None else _cpuid(spec.cpuid),
             ),
             components=self._components,
             extensions=None if more == v5.Extensions() else more,
@@ -385,6 +396,14 @@ class _Writer:
             exit_on_halt=spec.exit_on_halt,
             exit_on_reboot=spec.exit_on_reboot,
         )
+
+
+def _cpuid(profile: model.CpuidProfile) -> v5.Cpuid:
+    entries = (
+        v5.CpuidEntry(leaf=e.leaf, subleaf=e.subleaf, eax=e.eax, ebx=e.ebx, ecx=e.ecx, edx=e.edx)
+        for e in profile.leaves
+    )
+    return v5.Cpuid(vendor=v5.CpuidVendor(profile.vendor), entries=tuple(entries))
 
 
 def _find(entries: dict[str, T], name: str) -> T | None:

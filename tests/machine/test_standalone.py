@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import random
 import re
 import signal
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from propolis.hypervisor._kvm import KvmVm
+from propolis.hypervisor.cpuid import HYPERVISOR_LEAVES, SIGNIFICANT_INDEX, Entry
 from propolis.names import NameLock
 from tests.machine import kernels, tiny
 from tests.machine.guest import SLOWER, Guest
@@ -398,6 +401,58 @@ async def test_hypervisor_interfaces(tmp_path: Path, interface: str) -> None:
         assert await vm.exit_status() == 0
     name = NAMES[interface]
     assert match[1] == name if name is not None else match[1] not in NAMES.values()
+
+
+BRAND = range(0x8000_0002, 0x8000_0005)
+
+
+def _host_cpuid(brand: bytes) -> str:
+    """The host's CPUID as a profile of a TOML file, with another brand string."""
+    fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        vm = KvmVm(fd)
+        entries = [Entry(*leaf) for leaf in vm.supported_cpuid()]
+        vm.close()
+    finally:
+        os.close(fd)
+    words = [int.from_bytes(brand.ljust(48, b"\0")[at : at + 4], "little") for at in range(0, 48, 4)]
+    lines = ["[cpuid.own]", f'vendor = "{"intel" if entries[0].ebx == 0x756E6547 else "amd"}"']
+    for entry in entries:
+        if entry.function in HYPERVISOR_LEAVES:
+            continue
+        key = f"{entry.function:x}" + (f"-{entry.subleaf:x}" if entry.flags & SIGNIFICANT_INDEX else "")
+        at = 4 * BRAND.index(entry.function) if entry.function in BRAND else -1
+        lines.append(f"{key} = {words[at : at + 4] if at >= 0 else list(entry[3:])}")
+    return "\n".join(lines)
+
+
+async def test_a_cpuid_of_one_s_own(tmp_path: Path) -> None:
+    """The guest reads the brand that the file gives, in the order in which its three leaves have it."""
+    image = kernels.kernel(
+        kernels.say("[")
+        + kernels.cpuid(BRAND[0])
+        + kernels.say_registers()
+        + kernels.say("][")
+        + kernels.cpuid(BRAND[2])
+        + kernels.say_registers()
+        + kernels.say("]")
+        + kernels.forever(kernels.on_input(kernels.power_off()))
+    )
+    profile = _host_cpuid(b"____EBX1ECX1EDX1" + b"-" * 16 + b"____EBX3ECX3EDX3")
+    async with tiny.guest(tmp_path, image, main='cpuid_profile = "own"', more=profile) as vm:
+        match, _ = await vm.expect(r"(?s)\[(.*)\]\[(.*)\]", SOON, "the processor's brand")
+        await vm.send("x")
+        assert await vm.exit_status() == 0
+    assert match.groups() == ("EBX1ECX1EDX1", "EBX3ECX3EDX3")
+
+
+def test_a_cpuid_that_this_host_cannot_give(tmp_path: Path) -> None:
+    other = '[cpuid.own]\nvendor = "amd"\n0 = [1, 0x68747541, 0x444d4163, 0x69746e65]\n7-0 = [0, 0, 0, 0xffffffff]'
+    tiny.write(tmp_path, main='cpuid_profile = "own"', more=other)
+    ended = tiny.run(tmp_path)
+    assert ended.returncode == 1
+    assert "propolis-standalone: the VM's CPUID does not fit this host: " in ended.stderr
+    assert re.search(r"leaf 0x7 edx, bits [0-9, ]+: this host lacks it", ended.stderr)
 
 
 def _mappings(pid: int) -> str:

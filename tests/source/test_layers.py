@@ -20,6 +20,7 @@ ARROWS: dict[str, set[str]] = {
         "http.v5",
         "console",
         "standalone_config",
+        "toml_cpuid",
         "toml_devices",
         "toml_table",
         "names",
@@ -220,8 +221,9 @@ ARROWS: dict[str, set[str]] = {
     "_posix": set(),
     "_atomic": set(),
     # reading what the user wrote
-    "standalone_config": {"spec", "toml_boot", "toml_devices", "toml_table", "errors"},
+    "standalone_config": {"spec", "toml_boot", "toml_cpuid", "toml_devices", "toml_table", "errors"},
     "toml_boot": {"spec", "toml_table"},
+    "toml_cpuid": {"spec", "toml_table", "errors"},
     "toml_devices": {"spec", "toml_table", "errors"},
     "toml_table": {"toml_places", "errors"},
     "toml_places": {"errors"},

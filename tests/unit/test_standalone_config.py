@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 
 from propolis.errors import ConfigError
-from propolis.spec import BootOrder, CloudInit, DirectBoot, FileBlock, PciPath, Pvpanic, VirtioBlock
+from propolis.spec import (
+    BootOrder,
+    CloudInit,
+    CpuidLeaf,
+    CpuidProfile,
+    DirectBoot,
+    FileBlock,
+    PciPath,
+    Pvpanic,
+    VirtioBlock,
+)
 from propolis.standalone_config import load, parse
 
 MAIN = """[main]
@@ -17,6 +27,13 @@ kernel = "vmlinuz"
 BLOCK = """[block_dev.image]
 type = "file"
 path = "disk.raw"
+"""
+CHOSEN = MAIN + 'cpuid_profile = "old"\n'
+CPUID = """[cpuid.old]
+vendor = "intel"
+0 = [7, 0x756e6547, 0x6c65746e, 0x49656e69]
+1 = [0x306c3, 0, 1, 0x10]
+7-0 = [0, 8, 0, 0]
 """
 VOLUME = """[block_dev.seed]
 type = "cloudinit"
@@ -118,6 +135,28 @@ def test_both_spellings_of_read_only(readonly: str, expected: bool) -> None:
     assert spec.backends["image"].readonly is expected
 
 
+def test_cpuid_profiles() -> None:
+    """Of several the one that is chosen, by the file or by who reads it; keys are hexadecimal."""
+    text = CHOSEN + CPUID + '[cpuid.new]\nvendor = "amd"\n'
+    text += "0x0 = [0xb, 0x68747541, 0x444d4163, 0x69746e65]\n80000001 = [1, 2, 3, 4]\n"
+    old = CpuidProfile(
+        vendor="intel",
+        leaves=(
+            CpuidLeaf(leaf=0, eax=7, ebx=0x756E6547, ecx=0x6C65746E, edx=0x49656E69),
+            CpuidLeaf(leaf=1, eax=0x306C3, ecx=1, edx=0x10),
+            CpuidLeaf(leaf=7, subleaf=0, ebx=8),
+        ),
+    )
+    assert parse(text, "vm.toml", "/").cpuid == old
+    assert parse(text.replace("cpuid_profile", "#"), "vm.toml", "/").cpuid is None
+    new = parse(text, "vm.toml", "/", cpuid_profile="new").cpuid
+    assert new is not None
+    assert new.vendor == "amd"
+    assert new.leaves[1] == CpuidLeaf(leaf=0x8000_0001, eax=1, ebx=2, ecx=3, edx=4)
+    with pytest.raises(ConfigError, match=r"--cpuid-profile: there is no \[cpuid.older\]: did you mean 'old'"):
+        parse(text, "vm.toml", "/", cpuid_profile="older")
+
+
 def test_boot_order() -> None:
     text = MAIN + 'boot_order = ["b", "block0"]\n' + BLOCK + BLOCK.replace("image", "b") + DEVICE
     text += DEVICE.replace("block0", "b").replace('"image"', '"b"').replace("0.4.0", "0.5.0")
@@ -180,7 +219,21 @@ ONE_WRONG = [
     (MAIN + "exit_on_reboot = -1", "6:18", "exit_on_reboot: expected an exit status"),
     (MAIN + "use_reservoir = true", "6:1", "use_reservoir = true is known, but not available"),
     (MAIN + 'bootrom_version = "1"', "6:1", "'bootrom_version' is known, but not available"),
-    (MAIN + 'cpuid_profile = "x"', "6:1", "'cpuid_profile' is known, but not available"),
+    (MAIN + 'cpuid_profile = "x"', "6:17", "there is no [cpuid.x]: the file has no [cpuid.NAME]"),
+    (MAIN + 'cpuid_profile = "x"\n' + CPUID, "6:17", "there is no [cpuid.x]: expected 'old'"),
+    (
+        CHOSEN + CPUID + "40000000 = [0, 0, 0, 0]",
+        "12:1",
+        "leaf 0x40000000 is the hypervisor's",
+    ),
+    (CHOSEN + CPUID + "0x1 = [0, 0, 0, 0]", "12:1", "leaf 0x1 is given twice"),
+    (
+        CHOSEN + CPUID + "7 = [0, 0, 0, 0]",
+        "12:1",
+        "leaf 0x7 is given for one sub-leaf as well",
+    ),
+    (CHOSEN + CPUID.replace("intel", "amd"), "8:10", "leaf 0x0 is not amd's: its vendor is"),
+    (CHOSEN + '[cpuid.old]\nvendor = "amd"', "7:1", "expected leaf 0x0, which says who made"),
     (MAIN + 'cpu_binding = "any"', "6:1", "'cpu_binding' is known, but not available"),
     (MAIN + "boot_order = 1", "6:14", "boot_order: expected an array of the names of devices, not 1"),
     (MAIN + "boot_order = [1]", "6:14", "boot_order: expected an array of the names of devices, not an array"),
@@ -219,7 +272,16 @@ ONE_WRONG = [
         "9:1",
         "'user-data' and 'user-data-path' are both given",
     ),
-    (MAIN + '[cpuid.x]\nvendor = "amd"', "6:1", "'cpuid' is known, but not available"),
+    (MAIN + "[cpuid.x]", "6:1", "[cpuid.x] has no 'vendor': expected 'amd' or 'intel'"),
+    (MAIN + '[cpuid.x]\nvendor = "via"', "7:10", "vendor: expected 'amd' or 'intel', not 'via'"),
+    (MAIN + CPUID + "z = [0, 0, 0, 0]", "11:1", "unknown key 'z': expected 'vendor', or a leaf such as '1' or '7-0'"),
+    (MAIN + CPUID + "1_0 = [0, 0, 0, 0]", "11:1", "unknown key '1_0'"),
+    (MAIN + CPUID + "100000000 = [0, 0, 0, 0]", "11:1", "unknown key '100000000'"),
+    (MAIN + CPUID + "-1 = [0, 0, 0, 0]", "11:1", "unknown key '-1'"),
+    (MAIN + CPUID + "2 = [0, 0, 0]", "11:5", "expected the four registers [eax, ebx, ecx, edx], not an array"),
+    (MAIN + CPUID + "2 = [0, 0, 0, -1]", "11:5", "expected the four registers"),
+    (MAIN + CPUID + "2 = [0, 0, 0, true]", "11:5", "expected the four registers"),
+    (MAIN + CPUID + "2 = 1", "11:5", "expected the four registers [eax, ebx, ecx, edx], not 1"),
     (MAIN + "[block_dev]\nx = 3", "7:5", "x: expected a table, not 3"),
     (MAIN + "[block_dev.x]", "6:1", "[block_dev.x] has no 'type': expected one of 'file', 'cloudinit'"),
     (MAIN + '[block_dev."a b".c]\ntype = "file"', "6:1", "[block_dev.'a b'] has no 'type'"),

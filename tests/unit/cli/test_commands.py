@@ -88,6 +88,7 @@ def test_help_loads_nothing_heavy() -> None:
         (("wait", "web", "happy"), "'happy'"),
         (("set", "web"), "nothing to change"),
         (("new", "web", "-s", "x.json", "-c", "1"), "-c, -m and --cloud-init do not go with it"),
+        (("new", "web", "--cpuid-profile", "x"), "--cpuid-profile goes with -t"),
         (("new", "web", "--meta-data", "x"), "--meta-data and --network-config go with --cloud-init"),
         (("--url", "gopher://x", "ls"), "'gopher://x' is no server"),
         (("--token-file", "/none", "ls"), "read token file '/none': No such file"),
@@ -170,6 +171,16 @@ async def test_a_vm_from_a_toml_file(tmp_path: Path) -> None:
         assert shown["instance"]["properties"]["id"] == UUID
         assert shown["spec"]["value"]["board"]["cpus"] == 2
         await fails(served, 1, "there is a VM already", "new", "web", "-t", str(tmp_path / "vm.toml"))
+
+
+async def test_a_vm_with_a_cpuid_of_its_own(tmp_path: Path) -> None:
+    """The one that the option names, from a file of devices alone; there is nobody to boot it here."""
+    (tmp_path / "vm.toml").write_text("[cpuid.old]\nvendor = 'amd'\n0 = [1, 2, 3, 4]\n")
+    where = {"PROPOLIS_URL": f"unix:{tmp_path}/none"}
+    words = ("new", "web", "-t", f"{tmp_path}/vm.toml", "--cpuid-profile")
+    assert (await cli(*words, "new", environment=where)).err.endswith("there is no [cpuid.new]: expected 'old'\n")
+    result = await cli(*words, "old", environment=where)
+    assert f"{tmp_path}/vm.toml:2:10: vendor: leaf 0x0 is not amd's" in result.err
 
 
 async def test_a_vm_with_a_volume_for_cloud_init(tmp_path: Path) -> None:

@@ -43,6 +43,15 @@ def order(*devices: str) -> dict[str, Any]:
     return {"type": "boot_settings", "component": {"order": [{"id": device} for device in devices]}}
 
 
+def leaf(number: int, **registers: int) -> dict[str, Any]:
+    return {"leaf": number, "eax": 0, "ebx": 0, "ecx": 0, "edx": 0, **registers}
+
+
+def cpuid(*more: dict[str, Any], vendor: str = "intel") -> dict[str, Any]:
+    first = leaf(0, eax=7, ebx=0x756E6547, ecx=0x6C65746E, edx=0x49656E69)
+    return {"vendor": vendor, "entries": [first, *more]}
+
+
 def spec(components: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     return {
         "board": copy.deepcopy(BOARD),
@@ -102,6 +111,7 @@ FULL = spec(
         spec({"d": disk("b"), "b": file(workers=None)}),
         spec({"d": disk("b"), "b": file(workers=8)}),
         spec({"boot_settings": order()}),
+        {**spec(), "board": {**BOARD, "cpuid": cpuid(leaf(7, subleaf=0, ebx=8), leaf(7, subleaf=1), leaf(0x80000000))}},
     ],
 )
 def test_a_spec_read_back_is_the_one_sent(wire: dict[str, Any]) -> None:
@@ -286,7 +296,15 @@ def test_what_is_not_available_is_parsed_and_refused_by_name(kind: str) -> None:
             {**spec(), "board": {**BOARD, "chipset": {"type": "i440_fx", "value": {"enable_pcie": True}}}},
             "board/chipset/value/enable_pcie",
         ),
-        ({**spec(), "board": {**BOARD, "cpuid": {"entries": [], "vendor": "amd"}}}, "board/cpuid"),
+        ({**spec(), "board": {**BOARD, "cpuid": {"entries": [], "vendor": "amd"}}}, "board/cpuid/entries"),
+        ({**spec(), "board": {**BOARD, "cpuid": cpuid(vendor="amd")}}, "board/cpuid/vendor"),
+        ({**spec(), "board": {**BOARD, "cpuid": cpuid(leaf(0x4FFF_FFFF))}}, "board/cpuid/entries/1"),
+        ({**spec(), "board": {**BOARD, "cpuid": cpuid(leaf(0))}}, "board/cpuid/entries/1"),
+        ({**spec(), "board": {**BOARD, "cpuid": cpuid(leaf(7), leaf(7, subleaf=1))}}, "board/cpuid/entries/2"),
+        (
+            {**spec(), "board": {**BOARD, "cpuid": cpuid(*(leaf(1, subleaf=index) for index in range(128)))}},
+            "board/cpuid/entries",
+        ),
         (
             {**spec(), "board": {**BOARD, "guest_hv_interface": {"type": "hyper_v", "value": {"features": []}}}},
             "board/guest_hv_interface/type",
