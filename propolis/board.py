@@ -17,6 +17,7 @@ from propolis.devices.pci.chipset import Chipset
 from propolis.devices.pm import PowerManagement
 from propolis.devices.ports import DebugConsole, LegacyPorts, Pvpanic
 from propolis.devices.power import PowerEvent
+from propolis.devices.ramfb import Ramfb
 from propolis.devices.rtc import RealTimeClock
 from propolis.devices.serial import Serial
 from propolis.devices.virtio.blk import VirtioBlk
@@ -56,9 +57,12 @@ class Board:
         legacy = LegacyPorts(vm, power)
         self.power = PowerManagement(vm, power)
         self.debug_console = DebugConsole(vm)
+        has_screen = any(isinstance(device, model.Screen) for device in spec.devices)
+        self.keyboard = KeyboardController(vm, power, has_devices=has_screen)
+        self.ramfb = Ramfb(vm.memory) if has_screen else None
         self.devices: list[Device] = [
             legacy,
-            KeyboardController(vm, power, has_devices=False),
+            self.keyboard,
             self.power,
             RealTimeClock(vm, low.size, sum(part.size for part in high)),
             self.debug_console,
@@ -69,8 +73,10 @@ class Board:
         for device in spec.devices:
             if isinstance(device, model.VirtioBlock):
                 self._add_disk(vm, device, spec.backends[device.backend], keeper, undo)
-            elif device.enable_isa:
+            elif isinstance(device, model.Pvpanic) and device.enable_isa:
                 self.devices.append(Pvpanic(vm, power))
+        if self.ramfb is not None:
+            self.devices.append(self.ramfb)
 
     def _add_disk(
         self, vm: Vm, device: model.VirtioBlock, backend: model.Backend, keeper: DiskOpener, undo: ExitStack
@@ -115,6 +121,7 @@ class Board:
             cpus=self._spec.cpus,
             windows=self._windows,
             uarts=tuple(sorted(self.serial_ports)),
+            keyboard=self.ramfb is not None,
             pvpanic=any(isinstance(device, model.Pvpanic) and device.enable_isa for device in self._spec.devices),
         )
 

@@ -17,6 +17,8 @@ from propolis import spec as model
 from propolis.board import Board
 from propolis.devices.fw_cfg import FirmwareConfig
 from propolis.devices.power import PowerEvent
+from propolis.devices.ramfb import FILE as RAMFB_FILE
+from propolis.devices.ramfb import SIZE as RAMFB_BYTES
 from propolis.errors import HypervisorError, PauseError
 from propolis.firmware import acpi, boot, layout
 from propolis.firmware.boot_order import boot_order
@@ -113,19 +115,22 @@ class Machine:
         self.board = Board(self.vm, spec, keeper, windows, self._on_power, undo)
         self.devices: list[Device] = self.board.devices
         tables = self.board.tables()
-        if bootrom is not None:
-            self._offer(memory_size, tables)
-        else:
+        if bootrom is None:
             self._tables = acpi.build(tables)
+        if bootrom is not None or self.board.ramfb is not None:
+            self._offer(memory_size, tables if bootrom is not None else None)
 
-    def _offer(self, memory_size: int, tables: TableBoard) -> None:
-        """What firmware finds in fw_cfg."""
+    def _offer(self, memory_size: int, tables: TableBoard | None) -> None:
+        """What is found in fw_cfg: by firmware, for which there are `tables`, or by a guest that has a screen."""
         config = FirmwareConfig(self.vm)
-        offer.offer_machine(config, memory_size, tables)
-        if self._kernel is not None:
-            offer.offer_kernel(config, self._kernel, self._initrd, self.spec.boot.cmdline)
-        if (order := boot_order(self.spec)) is not None:
-            config.add_file("bootorder", order)
+        if tables is not None:
+            offer.offer_machine(config, memory_size, tables)
+            if self._kernel is not None:
+                offer.offer_kernel(config, self._kernel, self._initrd, self.spec.boot.cmdline)
+            if (order := boot_order(self.spec)) is not None:
+                config.add_file("bootorder", order)
+        if (ramfb := self.board.ramfb) is not None:
+            config.add_writable_file(RAMFB_FILE, RAMFB_BYTES, ramfb.configure)
         config.publish()
         self.devices.append(config)
 

@@ -141,7 +141,13 @@ class Pvpanic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     enable_isa: bool = False
 
 
-Device = VirtioBlock | Pvpanic
+class Screen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ramfb"):
+    """A screen that the guest draws in its own memory (ramfb), with a PS/2 keyboard and mouse."""
+
+    name: str
+
+
+Device = VirtioBlock | Pvpanic | Screen
 
 
 class FileBlock(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="file"):
@@ -347,7 +353,7 @@ def _device_problems(spec: Spec) -> Iterator[Problem]:
     names: set[str] = set()
     owners: dict[PciPath, str] = {}
     users: dict[str, str] = {}
-    panic: str | None = None
+    only: dict[type[Device], str] = {}  # the first of what a VM has at most one of
     present = {device.pci_path for device in spec.devices if isinstance(device, VirtioBlock)} | BOARD_FUNCTIONS.keys()
     for index, device in enumerate(spec.devices):
         if wrong := _label_problem(device.name):
@@ -355,10 +361,10 @@ def _device_problems(spec: Spec) -> Iterator[Problem]:
         elif device.name in names:
             yield Problem(("devices", index, "name"), f"a second device is named {device.name!r}")
         names.add(device.name)
-        if isinstance(device, Pvpanic):
-            if panic is not None:
-                yield Problem(("devices", index), f"a VM has at most one pvpanic, and {panic!r} is it")
-            panic = panic or device.name
+        if not isinstance(device, VirtioBlock):
+            if (first_one := only.setdefault(type(device), device.name)) != device.name:
+                kind = "screen" if isinstance(device, Screen) else "pvpanic"
+                yield Problem(("devices", index), f"a VM has at most one {kind}, and {first_one!r} is it")
             continue
         if wrong := device.pci_path.range_problem() or _conflict(device.pci_path, owners):
             yield Problem(("devices", index, "pci_path"), wrong)

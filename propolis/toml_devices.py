@@ -160,9 +160,14 @@ def _pvpanic(name: str, table: Table) -> model.Device:
     return model.Pvpanic(name=name, enable_isa=table.take("enable_isa", flag, False))
 
 
+def _screen(name: str, _: Table) -> model.Device:
+    return model.Screen(name=name)
+
+
 _DRIVERS: dict[str, Callable[[str, Table], model.Device]] = {
     "pci-virtio-block": _virtio_block,
     "qemu-pvpanic": _pvpanic,
+    "ramfb": _screen,
 }
 
 

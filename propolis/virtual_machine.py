@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from propolis.console.history import ConsoleHistory
 from propolis.console.hub import ConsoleHub
+from propolis.display.screen import Screen
 from propolis.errors import NotFoundError, StateError
 from propolis.event_log import EventLog
 from propolis.lifecycle import GuestEvent, Lifecycle, Record, Request, State
@@ -53,6 +54,7 @@ class VirtualMachine:
             number: self._connect(number, (history if number == 1 else None) or ConsoleHistory())
             for number in self._machine.board.serial_ports
         }
+        self._screen = self._connect_screen()
         self.lifecycle = Lifecycle(
             self._machine,
             reboot_ends=spec.exit_on_reboot is not None,
@@ -68,6 +70,12 @@ class VirtualMachine:
         serial.on_input_room = hub.input_ready
         serial.on_reset = hub.discard_input
         return hub
+
+    def _connect_screen(self) -> Screen | None:
+        board = self._machine.board
+        if board.ramfb is None:
+            return None
+        return Screen(self.spec.name, board.ramfb, board.keyboard.key, board.keyboard.move)
 
     def _on_record(self, record: Record) -> None:
         self.events.add("state", record.generation, state=record.state.value, detail=record.detail)
@@ -94,6 +102,13 @@ class VirtualMachine:
             raise NotFoundError(f"the VM has no COM{com}")
         return hub
 
+    @property
+    def screen(self) -> Screen:
+        """What the guest shows. Raises NotFoundError where the VM has no screen."""
+        if self._screen is None:
+            raise NotFoundError("the VM has no screen")
+        return self._screen
+
     async def run(self) -> Record:
         """Runs the VM's life to its end, then lets its watchers go. Nothing runs before Request.RUN is made."""
         try:
@@ -111,6 +126,8 @@ class VirtualMachine:
     async def _let_go(self) -> None:
         self._cancel_last_call()
         self.events.close()
+        if self._screen is not None:
+            await self._screen.close()
         await asyncio.gather(*(hub.close() for hub in self._hubs.values()))
 
     def _cancel_last_call(self) -> None:
@@ -156,4 +173,5 @@ class VirtualMachine:
             }
             for number, hub in self._hubs.items()
         }
-        return {**self._machine.stats(), "consoles": consoles, "reboots": self.lifecycle.reboots}
+        screen = {} if self._screen is None else {"screen": self._screen.stats()}
+        return {**self._machine.stats(), "consoles": consoles, **screen, "reboots": self.lifecycle.reboots}

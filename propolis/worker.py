@@ -51,6 +51,11 @@ _LATER = (  # what is imported where it is first needed: a worker in its jail fi
     "encodings.ascii",
     "encodings.latin_1",
     "concurrent.futures.thread",
+    "PIL.BmpImagePlugin",
+    "PIL.GifImagePlugin",
+    "PIL.JpegImagePlugin",
+    "PIL.PngImagePlugin",
+    "PIL.PpmImagePlugin",
 )
 
 

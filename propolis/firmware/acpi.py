@@ -47,11 +47,11 @@ _TMR_VAL_EXT = 1 << 8
 _RESET_REG_SUP = 1 << 10
 FADT_FLAGS = _WBINVD | _PROC_C1 | _SLP_BUTTON | _FIX_RTC | _TMR_VAL_EXT | _RESET_REG_SUP
 
-# IAPC_BOOT_ARCH (§5.2.9.3). No 8042: ours resets and answers probes but has no keyboard behind it, and an OS that
-# is told of a controller complains when it finds no working one.
+# IAPC_BOOT_ARCH (§5.2.9.3). 8042 only where a keyboard is plugged in: a bare one resets and answers probes, but an OS
+# that is told of a controller complains when it finds no working one.
 _LEGACY_DEVICES = 1 << 0
+_KEYBOARD_CONTROLLER = 1 << 1
 _VGA_NOT_PRESENT = 1 << 2
-IAPC_BOOT_ARCH = _LEGACY_DEVICES | _VGA_NOT_PRESENT
 
 _PROFILE_ENTERPRISE_SERVER = 4
 _NO_C2 = 101  # a latency above 100 us says that the state is not supported; above 1000 for C3
@@ -95,7 +95,7 @@ def build(board: Board, place: layout.Range = layout.ACPI_TABLES) -> Tables:
         return gpa
 
     facs_gpa = put(facs())
-    fadt_gpa = put(fadt(facs_gpa, put(dsdt(board))))
+    fadt_gpa = put(fadt(facs_gpa, put(dsdt(board)), keyboard=board.keyboard))
     xsdt_gpa = put(xsdt((fadt_gpa, put(madt(board)))))
     pieces.append((place.base, rsdp(xsdt_gpa)))
     return Tables(place.base, tuple(pieces))
@@ -136,12 +136,13 @@ def madt(board: Board) -> bytes:
     return _table(b"APIC", 4, struct.pack("<II", layout.LAPIC.base, _MADT_PCAT_COMPAT) + b"".join(entries))
 
 
-def fadt(facs_address: int, dsdt_address: int) -> bytes:
+def fadt(facs_address: int, dsdt_address: int, *, keyboard: bool) -> bytes:
     """Fixed ACPI Description Table, revision 6.0 (§5.2.9).
 
     SMI_CMD is 0: there is no legacy mode to leave, SCI_EN always reads 1. The 32-bit and the extended form of each
     register block agree; the FACS has only its 32-bit address, because the specification wants one of the two.
     """
+    boot_arch = _LEGACY_DEVICES | _VGA_NOT_PRESENT | (_KEYBOARD_CONTROLLER if keyboard else 0)
     body = b"".join(
         (
             struct.pack("<IIBB", facs_address, dsdt_address, 0, _PROFILE_ENTERPRISE_SERVER),
@@ -149,7 +150,7 @@ def fadt(facs_address: int, dsdt_address: int) -> bytes:
             struct.pack("<8I", PM1A_EVT[0], 0, PM1A_CNT[0], 0, 0, PM_TMR[0], GPE0[0], 0),
             struct.pack("<8B", PM1A_EVT[1], PM1A_CNT[1], 0, PM_TMR[1], GPE0[1], 0, 0, 0),
             struct.pack("<HHHHBB", _NO_C2, _NO_C3, 0, 0, 0, 0),
-            struct.pack("<BBBHxI", 0, 0, 0, IAPC_BOOT_ARCH, FADT_FLAGS),  # no alarm and century bytes in the RTC
+            struct.pack("<BBBHxI", 0, 0, 0, boot_arch, FADT_FLAGS),  # no alarm and century bytes in the RTC
             _register(RESET_PORT, 1, _BYTE),
             struct.pack("<BHB", RESET_VALUE, 0, 0),  # no ARM flags; minor revision 0
             struct.pack("<QQ", 0, dsdt_address),

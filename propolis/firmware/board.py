@@ -13,4 +13,5 @@ class Board(Struct, frozen=True, kw_only=True):
     cpus: int  # local APIC ids are 0 to cpus - 1
     windows: DeviceWindows
     uarts: tuple[int, ...] = (1,)  # numbers of the COM ports present, of 1 to 4
+    keyboard: bool = False  # and a mouse
     pvpanic: bool = False

@@ -160,6 +160,9 @@ def _isa_bridge(board: Board) -> bytes:
         _isa_device("TIMR", "PNP0100", aml.io(0x40, 4), aml.irq(0)),
         _isa_device("RTC", "PNP0B00", aml.io(0x70, 2), aml.irq(8)),
     ]
+    if board.keyboard:
+        devices.append(_isa_device("KBD", "PNP0303", aml.io(0x60, 1), aml.io(0x64, 1), aml.irq(1)))
+        devices.append(_isa_device("MOU", "PNP0F13", aml.irq(12)))
     for number in sorted(board.uarts):
         base, irq = UARTS[number]
         devices.append(_isa_device(f"COM{number}", "PNP0501", aml.io(base, 8), aml.irq(irq), uid=number))

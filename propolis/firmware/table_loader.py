@@ -47,7 +47,7 @@ def build(board: Board) -> dict[str, bytes]:
     dsdt = blob.put_with_checksum(acpi.dsdt(board))
     madt = blob.put_with_checksum(acpi.madt(board))
     fadt = blob.put_with_checksum(
-        acpi.fadt(facs, dsdt),
+        acpi.fadt(facs, dsdt, keyboard=board.keyboard),
         (acpi.FADT_FIRMWARE_CTRL, 4),
         (acpi.FADT_DSDT, 4),
         (acpi.FADT_X_DSDT, 8),

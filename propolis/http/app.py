@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from propolis.http import codec, errors, events, instance, metrics, openapi, serial
+from propolis.http import codec, errors, events, instance, metrics, openapi, screen, serial
 from propolis.http.slot import SLOT, Slot
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def make_app(
     app[SLOT] = slot
     app.on_shutdown.append(_on_shutdown)
     app.on_cleanup.append(_on_cleanup)
-    app.router.add_routes([*instance.routes, *serial.routes, *events.routes, *metrics.routes, *openapi.routes])
+    for resource in (instance, serial, screen, events, metrics, openapi):
+        app.router.add_routes(resource.routes)
     return app
 
 

@@ -83,6 +83,15 @@ VM_OPERATIONS = (
         query=v5.InstanceSerialConsoleHistoryRequest, status=200, reply=v5.InstanceSerialConsoleHistoryResponse,
     ),
     Operation(
+        "get", "/instance/vnc", "instance_vnc",
+        "The VM's screen, keyboard and mouse by websocket: RFB 3.8 in binary frames, without a password of its own",
+        status=_UPGRADE,
+    ),
+    Operation(
+        "get", "/instance/screenshot", "instance_screenshot", "What the VM's screen shows", status=200, reply=bytes,
+        content_type="image/png",
+    ),
+    Operation(
         "post", "/instance/nmi", "instance_issue_nmi", "Send an NMI to every vCPU", status=200, reply=type(None),
     ),
     Operation(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -13,6 +12,7 @@ from propolis.console.history import READ_BYTES, GapError
 from propolis.errors import FieldError, StateError
 from propolis.http import codec, v5
 from propolis.http.slot import ShutdownError, slot
+from propolis.http.websocket_close import CLOSE_PATIENCE, close
 
 if TYPE_CHECKING:
     from propolis.console.hub import Client, ConsoleHub
@@ -23,7 +23,6 @@ OFFSET = "propolis-console-offset"  # header of the reply: the absolute offset o
 MAX_HISTORY_BYTES = 2 << 20  # of one reply: all that is ever kept
 MAX_MESSAGE = 65536  # bytes of one message from a client
 SEND_BYTES = 65536  # bytes that wait for a client before the console is told to hold on
-CLOSE_PATIENCE = 1.0  # seconds for a client to answer a close
 
 
 @routes.get("/instance/serial/history")
@@ -54,7 +53,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
         code, reason = console.farewell if console.is_over else (WSCloseCode.SERVICE_RESTART, "the server shuts down")
     finally:
         console.leave()
-    await _close(request, socket, code, reason)
+    await close(request, socket, code, reason)
     return socket
 
 
@@ -68,15 +67,6 @@ def _start(hub: ConsoleHub, wanted: v5.InstanceSerialConsoleStreamRequest) -> in
         return min(wanted.from_start, history.total_bytes)
     assert wanted.most_recent is not None
     return max(history.total_bytes - wanted.most_recent, history.resumes_at)
-
-
-async def _close(request: web.Request, socket: web.WebSocketResponse, code: int, reason: str) -> None:
-    with contextlib.suppress(TimeoutError, ConnectionError):
-        async with asyncio.timeout(2 * CLOSE_PATIENCE):  # one that does not read does not take the close either
-            await socket.close(code=code, message=reason.encode())
-            return
-    if request.transport is not None:
-        request.transport.abort()
 
 
 class _Console:

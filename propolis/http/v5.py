@@ -344,6 +344,12 @@ class CloudInitExtension(Wire, frozen=True):
     network_config: str | None = None
 
 
+class ScreenExtension(Wire, frozen=True):
+    """A screen with keyboard and mouse."""
+
+    name: SpecKey = "screen"
+
+
 class Extensions(Wire, frozen=True):
     """What a VM has beyond 5.0.0; absent from the spec of one that has nothing of it.
 
@@ -356,6 +362,7 @@ class Extensions(Wire, frozen=True):
     disks: dict[SpecKey, DiskExtension] = {}
     files: dict[SpecKey, FileExtension] = {}
     cloud_init: dict[SpecKey, CloudInitExtension] = {}
+    screen: ScreenExtension | None = None
     exit_on_halt: U8 = 0
     exit_on_reboot: U8 | None = None
 

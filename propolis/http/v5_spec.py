@@ -115,6 +115,8 @@ class _Reader:
         self._leftovers("files", "file_storage_backend", self._more.files, self._named_backends(model.FileBlock))
         volumes = self._named_backends(model.CloudInit)
         self._leftovers("cloud_init", "blob_storage_backend", self._more.cloud_init, volumes)
+        if self._more.screen is not None:
+            self._devices.append(("", model.Screen(name=key(self._more.screen.name))))
         boot = self._boot() or default_boot
         if boot is None:
             self._wrong("expected what the VM boots, as this server has no default", "extensions", "boot")
@@ -269,8 +271,10 @@ class _Reader:
         if first in _BOARD_FIELDS:
             return f"{self._at}/{_BOARD_FIELDS[str(first)]}"
         if first == "devices":
-            written, _ = self._devices[int(rest[0])]
+            written, device = self._devices[int(rest[0])]
             field = str(rest[1]) if len(rest) > 1 else "name"
+            if isinstance(device, model.Screen):
+                return self._at + pointer("extensions", "screen", field)
             if field in ("queues", "serial"):
                 return self._at + pointer("extensions", "disks", written, field)
             below = _DEVICE_FIELDS.get(field)
@@ -303,6 +307,7 @@ class _Writer:
         self._disks: dict[str, v5.DiskExtension] = {}
         self._files: dict[str, v5.FileExtension] = {}
         self._cloud_init: dict[str, v5.CloudInitExtension] = {}
+        self._screen: v5.ScreenExtension | None = None
 
     def wire(self) -> v5.InstanceSpec:
         spec = self._spec
@@ -341,6 +346,9 @@ class _Writer:
         if isinstance(device, model.Pvpanic):
             panic = v5.QemuPvpanic(enable_isa=device.enable_isa)
             self._components[device.name] = v5.QemuPvpanicComponent(component=panic)
+            return
+        if isinstance(device, model.Screen):
+            self._screen = v5.ScreenExtension(name=device.name)
             return
         path = device.pci_path
         disk = v5.VirtioDisk(
@@ -393,6 +401,7 @@ class _Writer:
             disks=self._disks,
             files=self._files,
             cloud_init=self._cloud_init,
+            screen=self._screen,
             exit_on_halt=spec.exit_on_halt,
             exit_on_reboot=spec.exit_on_reboot,
         )

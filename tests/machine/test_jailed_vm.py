@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib
 import os
 import signal
 import socket
@@ -15,14 +16,14 @@ import aiohttp
 import msgspec
 import pytest
 
-from propolis import jail
+from propolis import jail, worker
 from propolis.http import v5
 from propolis.http.app import make_app, serve
 from propolis.jail import JailSettings
 from propolis.keeper_protocol import StartOptions
 from propolis.lifecycle import Request
 from propolis.run_directory import RunDirectory
-from propolis.spec import CloudInit, DirectBoot, FileBlock, PciPath, Spec, VirtioBlock
+from propolis.spec import CloudInit, DirectBoot, FileBlock, PciPath, Screen, Spec, VirtioBlock
 from propolis.virtual_machine import VirtualMachine
 from propolis.zygote import Zygote
 from tests.machine import kernels
@@ -53,6 +54,7 @@ SPEC = Spec(
     devices=(
         VirtioBlock(name="disk", backend="disk", pci_path=PciPath(0, 4, 0)),
         VirtioBlock(name="seed", backend="seed", pci_path=PciPath(0, 24, 0)),
+        Screen(name="screen"),
     ),
     backends={"disk": FileBlock(path="disk"), "seed": CloudInit(user_data="#cloud-config")},
 )
@@ -145,6 +147,8 @@ async def _drive(path: str) -> None:
             await ask("GET", what)
         for what in ("/serial/history", "/nothing", "/migrate/x/start", "/disk/disk/status", "/log?most_recent=x"):
             await ask("GET", what)
+        assert await ask("GET", "/screenshot") == 200
+        await _look(client)
         assert await ask("POST", "/nmi") == 200
         for raw, kind in (
             (b"{", "application/json"),
@@ -155,6 +159,18 @@ async def _drive(path: str) -> None:
             await ask("PUT", "", raw=raw, kind=kind)
         await ask("PUT", "", raw=b" " * 1_000_000)
         assert await ask("PUT", "/shutdown", {"deadline_seconds": 300}) == 204
+
+
+async def _look(client: aiohttp.ClientSession) -> None:
+    """At the screen, compressed; and types something."""
+    async with client.ws_connect("/instance/vnc") as viewer, asyncio.timeout(30):
+        hello = b"RFB 003.008\n", b"\1", b"\1"
+        for said in (*hello, b"\2\0\0\1\0\0\0\x10\3\0\0\0\0\0\2\x80\1\xe0"):
+            await viewer.receive()
+            await viewer.send_bytes(said)
+        await viewer.send_bytes(b"\4\1\0\0\0\0\0a")
+        while not (message := await viewer.receive()).data.endswith(b"\0\0\xff\xff"):  # the end of a flush
+            assert message.type is aiohttp.WSMsgType.BINARY, message
 
 
 async def _says(console: aiohttp.ClientWebSocketResponse, words: bytes) -> None:
@@ -168,6 +184,9 @@ async def _says(console: aiohttp.ClientWebSocketResponse, words: bytes) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def prepared() -> None:
+    """As the zygote does it."""
+    for name in worker._LATER:
+        importlib.import_module(name)
     jail.prepare()
 
 

@@ -45,8 +45,9 @@ class Server:
                 raise RefusedError(reply.status, (await reply.json())["message"])
             return await reply.json() if reply.status == 200 else None
 
-    async def create(self, cpus: int = 1) -> None:
+    async def create(self, cpus: int = 1, extensions: dict[str, Any] | None = None) -> None:
         """A VM with COM1, that boots what the server was started with."""
+        spec: dict[str, Any] = {} if extensions is None else {"extensions": extensions}
         metadata = dict.fromkeys(("silo_id", "project_id", "sled_id"), NIL)
         board = {"cpus": cpus, "memory_mb": 64, "chipset": {"type": "i440_fx", "value": {"enable_pcie": False}}}
         components = {"com1": {"type": "serial_port", "component": {"num": "com1"}}}
@@ -60,7 +61,7 @@ class Server:
                     "description": "",
                     "metadata": {**metadata, "sled_serial": "", "sled_revision": 0, "sled_model": ""},
                 },
-                "init": {"method": "Spec", "value": {"spec": {"board": board, "components": components}}},
+                "init": {"method": "Spec", "value": {"spec": {"board": board, "components": components, **spec}}},
             },
         )
 

@@ -109,6 +109,7 @@ ARROWS: dict[str, set[str]] = {
     # handlers see the VM and its lifecycle, never a device
     "http": {
         "virtual_machine",
+        "display",
         "lifecycle",
         "console",
         "event_log",
@@ -171,7 +172,7 @@ ARROWS: dict[str, set[str]] = {
     "http.websocket_filter": set(),
     "http.access": {"config", "errors"},
     "http.door": {"config", "unix_name", "errors"},
-    "virtual_machine": {"machine", "lifecycle", "console", "event_log", "http.v5", "spec", "errors"},
+    "virtual_machine": {"machine", "lifecycle", "console", "display", "event_log", "http.v5", "spec", "errors"},
     "event_log": set(),
     "machine": {
         "lifecycle",
@@ -199,6 +200,7 @@ ARROWS: dict[str, set[str]] = {
         "errors",
         "_vmm",
     },
+    "display": {"_memory", "errors"},
     # confining
     "jail": {"landlock", "syscall_filter", "threads", "errors"},
     "landlock": {"errors"},

@@ -22,7 +22,7 @@ CPUS = [1, 4, 64]
 
 
 def board(cpus: int = 1, memory: int = 128 * MIB, uarts: tuple[int, ...] = (1, 2, 3, 4)) -> Board:
-    return Board(cpus=cpus, windows=layout.device_windows(memory, 40), uarts=uarts, pvpanic=True)
+    return Board(cpus=cpus, windows=layout.device_windows(memory, 40), uarts=uarts, keyboard=True, pvpanic=True)
 
 
 def by_signature(tables: acpi.Tables) -> dict[bytes, tuple[int, bytes]]:
@@ -70,12 +70,13 @@ def test_pointers() -> None:
 
 
 def test_fadt_fields() -> None:
-    fadt = acpi.fadt(0x1000, 0x2000)
+    fadt = acpi.fadt(0x1000, 0x2000, keyboard=False)
     assert (len(fadt), fadt[8]) == (276, 6)
     assert struct.unpack_from("<HIBBBB", fadt, 46) == (9, 0, 0, 0, 0, 0)  # SCI_INT; SMI_CMD and its values
     assert struct.unpack_from("<8I", fadt, 56) == (0xB000, 0, 0xB004, 0, 0, 0xB008, 0xAFE0, 0)
     assert struct.unpack_from("<6B", fadt, 88) == (4, 2, 0, 4, 4, 0)
     assert struct.unpack_from("<H", fadt, 109) == (0b101,)
+    assert struct.unpack_from("<H", acpi.fadt(0x1000, 0x2000, keyboard=True), 109) == (0b111,)
     assert struct.unpack_from("<I", fadt, 112) == (0b101_0110_0101,)
     assert struct.unpack_from("<BBBBQB", fadt, 116) == (1, 8, 0, 1, 0xCF9, 6)
     for offset, port, bits in ((148, 0xB000, 32), (172, 0xB004, 16), (208, 0xB008, 32), (220, 0xAFE0, 32)):
@@ -114,8 +115,9 @@ def test_only_present_devices_are_described() -> None:
     bare = acpi.dsdt(Board(cpus=1, windows=layout.device_windows(128 * MIB, 40), uarts=(2,)))
     assert b"COM2" in bare
     assert b"COM1" not in bare
-    assert b"QEMU0001" not in bare
-    assert b"QEMU0001" in acpi.dsdt(board())
+    for name in (b"QEMU0001", b"KBD_", b"MOU_"):
+        assert name not in bare
+        assert name in acpi.dsdt(board())
 
 
 @needs_iasl
