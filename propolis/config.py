@@ -116,6 +116,18 @@ class Defaults(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[model.Device, ...] = ()
     backends: dict[str, model.Backend] = {}
 
+    def added_to(self, requested: model.Spec) -> model.Spec:
+        """The VM as asked for, with the devices that every VM gets. Raises ConfigError where they clash."""
+        if not self.devices and not self.backends:
+            return requested
+        if twice := sorted(self.backends.keys() & requested.backends.keys()):
+            raise ConfigError(f"backend {twice[0]!r} is one that this server's configuration gives to every VM")
+        return msgspec.structs.replace(
+            requested,
+            devices=(*requested.devices, *self.devices),
+            backends={**requested.backends, **self.backends},
+        )
+
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """All that the daemon is told; paths are absolute."""

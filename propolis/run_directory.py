@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import msgspec
 
+from propolis.atomic_file import replace_file
 from propolis.console.history import KEPT_BYTES
 from propolis.console.history_file import HistoryFile, MappedHistory, file_bytes
 from propolis.disk_image import FLOCK
@@ -308,19 +309,8 @@ class RunDirectory:
                 os.unlink(name, dir_fd=self._fd)
 
     def _write_record(self, name: str, record: msgspec.Struct, *, is_lasting: bool = True) -> None:
-        new = f"{name}.new"
         try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(new, dir_fd=self._fd)
-            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
-            with os.fdopen(fd, "wb") as file:
-                file.write(msgspec.json.encode(record))
-                file.flush()
-                if is_lasting:
-                    os.fsync(file.fileno())
-            os.rename(new, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
-            if is_lasting:
-                os.fsync(self._fd)
+            replace_file(self._fd, name, msgspec.json.encode(record), is_lasting=is_lasting)
         except OSError as error:
             raise BackendError(f"write {name!r} in run directory {self.path!r}: {error.strerror}") from error
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from propolis.config import Address, Settings
-    from propolis.supervisor import Instance
+    from propolis.instance import Instance
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 import msgspec
 
 from propolis import spec as model
+from propolis.atomic_file import HALF_WRITTEN, replace_file
 from propolis.errors import BackendError, BusyError, ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ Restart = Literal["never", "on-failure", "always"]
 
 FORMAT = 1
 MAX_FILE_BYTES = 8 << 20
-_SUFFIX, _HALF_WRITTEN, _SET_ASIDE = ".json", ".new", ".unreadable"
+_SUFFIX, _SET_ASIDE = ".json", ".unreadable"
 _LOCK_BYTES = 256
 
 
@@ -115,7 +116,7 @@ class Store:
         uuids: dict[str, str] = {}
         indexes: dict[int, str] = {}
         for entry in sorted(os.listdir(self._folder)):
-            if entry.endswith(_HALF_WRITTEN):  # a write that never came to its end, so nobody was told that it had
+            if entry.endswith(HALF_WRITTEN):  # a write that never came to its end, so nobody was told that it had
                 with contextlib.suppress(OSError):
                     os.unlink(entry, dir_fd=self._folder)
                 continue
@@ -138,22 +139,10 @@ class Store:
 
     def save(self, definition: Definition) -> None:
         """When this returns the definition is on the disk; when it raises, what was there before still is."""
-        name, new = _file(definition.name), _file(definition.name) + _HALF_WRITTEN
         data = msgspec.json.format(msgspec.json.encode(definition), indent=1)
         try:
-            with contextlib.suppress(FileNotFoundError):  # not opened anew: whatever has that name must not be followed
-                os.unlink(new, dir_fd=self._folder)
-            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._folder)
-            try:
-                _write_all(fd, data)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            os.rename(new, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
-            os.fsync(self._folder)
+            replace_file(self._folder, _file(definition.name), data)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.unlink(new, dir_fd=self._folder)
             raise BackendError(f"write the definition of VM {definition.name!r}: {error.strerror}") from error
 
     def remove(self, name: str) -> None:
@@ -237,12 +226,6 @@ def _decode(data: bytes, entry: str) -> Definition:
 def _file(name: str) -> str:
     assert model.is_name(name)
     return name + _SUFFIX
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
 
 
 def _sync_directory(path: str) -> None:

@@ -18,8 +18,8 @@ from propolis.http.websocket_filter import ControlFrames
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
+    from propolis.instance import Instance
     from propolis.running_vm import RunningVm
-    from propolis.supervisor import Instance
 
 _CONNECT_SECONDS = 5.0
 _SMALL = 1 << 20  # a reply up to this size is passed on in one piece

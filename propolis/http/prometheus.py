@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     from propolis.http.forward import Workers
-    from propolis.supervisor import Instance, Supervisor
+    from propolis.instance import Instance
+    from propolis.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 

@@ -48,9 +48,10 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
     from propolis.http.access import Guard
+    from propolis.instance import Instance
     from propolis.spec import Spec
     from propolis.state_file import StateRecord
-    from propolis.supervisor import Instance, Supervisor
+    from propolis.supervisor import Supervisor
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

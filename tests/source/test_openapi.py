@@ -16,8 +16,9 @@ from propolis.http.feed import Feed
 from propolis.http.forward import Workers
 from propolis.http.prometheus import Metrics
 from propolis.http.router import Router
+from propolis.instance import Instance
 from propolis.store import Store
-from propolis.supervisor import Instance, Supervisor
+from propolis.supervisor import Supervisor
 from propolis.zygote import Zygote
 from tests.source.tree import TREE
 
