@@ -272,6 +272,39 @@ def serial(
 
 
 @app.command()
+def screenshot(
+    context: typer.Context,
+    name: Name,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Where to; - is standard output.  [default: NAME.png]"),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write what a VM's screen shows into a PNG file."""
+    from . import screen
+
+    _perform(context, screen.screenshot(name, output), quiet=quiet)
+
+
+@app.command()
+def vnc(
+    context: typer.Context,
+    name: Name,
+    port: Annotated[
+        int, typer.Option("--port", "-p", min=0, max=65535, help="Of this machine; 0 is any free one.")
+    ] = 0,
+) -> None:
+    """Offer a VM's screen, keyboard and mouse to VNC clients on this machine, at the address that is printed.
+
+    Whoever can connect to this machine's 127.0.0.1 can use them. Ctrl-C ends it.
+    """
+    from . import screen
+
+    _perform(context, screen.vnc(name, port))
+
+
+@app.command()
 def get(context: typer.Context, name: Name, json: Json = False) -> None:
     """Show a VM."""
     from . import instance

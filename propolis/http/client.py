@@ -289,6 +289,19 @@ class Client:
         finally:
             await console.close()
 
+    async def screenshot(self, name: str | None = None) -> bytes:
+        """What the VM's screen shows, as a PNG file."""
+        return await self._ask("GET", name, "/screenshot")
+
+    @contextlib.asynccontextmanager
+    async def screen(self, name: str | None = None) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+        """The VM's screen, keyboard and mouse: RFB 3.8 in the binary messages of a websocket."""
+        websocket, _ = await self._at(name, "/vnc", lambda path: self._transport.websocket(path, {}, "open the screen"))
+        try:
+            yield websocket
+        finally:
+            await websocket.close()
+
     async def log(
         self, name: str | None = None, *, from_start: int | None = None, most_recent: int | None = None
     ) -> LogPiece:

@@ -140,13 +140,13 @@ class Transport:
                     yield line
 
     async def websocket(
-        self, path: str, params: Mapping[str, str]
+        self, path: str, params: Mapping[str, str], what: str = "open the console"
     ) -> tuple[aiohttp.ClientWebSocketResponse, int | None]:
         """A websocket, and the offset that its output begins at where the server says so."""
         note = _Handshake()
         token = _handshake.set(note)
         try:
-            with self._explained("open the console"):
+            with self._explained(what):
                 websocket = await self._connected().ws_connect(
                     self._address.base + path,
                     params=params,
@@ -156,7 +156,7 @@ class Transport:
                 )
         except aiohttp.WSServerHandshakeError as error:
             if note.status == 101:
-                raise UnreachableError(f"open the console: {self._address}: {error.message}") from error
+                raise UnreachableError(f"{what}: {self._address}: {error.message}") from error
             refuse(note.status, note.body)
         finally:
             _handshake.reset(token)
