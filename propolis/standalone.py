@@ -21,12 +21,15 @@ from propolis import __version__, standalone_config
 from propolis.console.history import ConsoleHistory
 from propolis.console.hub import ConsoleHub
 from propolis.console.socket import ConsoleSocket
+from propolis.display.port import ScreenPort
+from propolis.display.screen import Screen
 from propolis.errors import ConfigError, PropolisError, StateError
 from propolis.keeper import LocalKeeper
 from propolis.lifecycle import GuestEvent, Lifecycle, Record, Request, State
 from propolis.machine import Machine
 from propolis.names import NameLock
 from propolis.spec import DirectBoot
+from propolis.unix_name import UnixName
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from propolis.spec import Spec
 
 SOCKET = "./ttya"
+SCREEN = "./vnc"
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 EPILOG = """\
@@ -192,6 +196,7 @@ class Standalone:
             stack.push_async_callback(machine.halt)
             self._lifecycle = Lifecycle(machine, reboot_ends=self._spec.exit_on_reboot is not None)
             hub = self._connect(machine)
+            await self._open_screen(machine, stack)
             if self._terminal is not None:
                 record = await self._run_at_terminal(self._terminal, hub, stack)
             else:
@@ -212,6 +217,20 @@ class Standalone:
         com1.on_reset = hub.discard_input
         machine.board.debug_console.on_output = _log_debug_port
         return hub
+
+    async def _open_screen(self, machine: Machine, stack: AsyncExitStack) -> None:
+        """Where the VM has one."""
+        board = machine.board
+        if board.ramfb is None:
+            return
+        screen = Screen(self._spec.name, board.ramfb, board.keyboard.key, board.keyboard.move)
+        stack.push_async_callback(screen.close)
+        name = UnixName(SCREEN, "screen socket")
+        listener = await name.take(0o600)
+        stack.push_async_callback(name.release)
+        port = ScreenPort(screen, listener)
+        stack.push_async_callback(port.close)
+        await port.open()
 
     async def _open_socket(self, hub: ConsoleHub, stack: AsyncExitStack) -> None:
         socket = ConsoleSocket(SOCKET, hub)

@@ -11,7 +11,6 @@ from propolis.display.session import MESSAGE_SECONDS, Session
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
 
     from propolis.display.screen import Screen
 
@@ -28,19 +27,11 @@ class _Stream:
 
 
 class ScreenPort:
-    """Owns the listening socket. `encrypt` and `patience` are Session's."""
+    """Owns the listening socket. `patience` is Session's."""
 
-    def __init__(
-        self,
-        screen: Screen,
-        listener: socket.socket,
-        *,
-        encrypt: Callable[[bytes], bytes] | None = None,
-        patience: float = MESSAGE_SECONDS,
-    ) -> None:
+    def __init__(self, screen: Screen, listener: socket.socket, *, patience: float = MESSAGE_SECONDS) -> None:
         self._screen = screen
         self._listener = listener
-        self._encrypt = encrypt
         self._patience = patience
         self._server: asyncio.Server | None = None
         self._sessions: set[asyncio.Task[None]] = set()
@@ -58,7 +49,7 @@ class ScreenPort:
         transport = writer.transport
         transport.set_write_buffer_limits(high=0)  # a piece is made when the one before it is gone
         try:
-            session = Session(self._screen, stream, encrypt=self._encrypt, patience=self._patience)
+            session = Session(self._screen, stream, patience=self._patience)
             log.info("a client of the screen is gone: reason=%s", await session.run())
         finally:
             if transport.get_write_buffer_size():

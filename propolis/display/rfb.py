@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 VERSION = b"RFB 003.008\n"
 VERSION_BYTES = 12
-CHALLENGE_BYTES = 16
 MAX_CUT_TEXT = 1 << 20  # bytes that a client may put on the clipboard, which no guest gets
 
 
@@ -28,7 +27,6 @@ class Security(IntEnum):
     """§7.1.2."""
 
     NONE = 1
-    VNC = 2
 
 
 class ClientMessage(IntEnum):

@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 from PIL import Image
 
-from tests.machine import kernels
+from tests.machine import kernels, tiny
 from tests.machine.test_run_one import SOON, Server, serving
 
 pytestmark = [pytest.mark.kvm, pytest.mark.program]
@@ -25,7 +25,7 @@ def _put(address: int, data: bytes) -> bytes:
 
 
 def drawing() -> bytes:
-    """Pixel n is n times 0x010203; then shows it, and passes on what the keyboard says to COM1."""
+    """Pixel n is n times 0x010203; then shows it, and passes on what the keyboard says to COM1; Escape powers off."""
     fill = bytes.fromhex("31 c9 69 c1 03 02 01 00 ab 41 81 f9") + struct.pack("<I", WIDTH * HEIGHT) + b"\x75\xf0"
     draw = b"\xbf" + struct.pack("<I", PICTURE) + fill
     fourcc = int.from_bytes(b"XR24", "little")
@@ -33,7 +33,7 @@ def drawing() -> bytes:
     command = struct.pack(">IIQ", FIRST_FILE << 16 | 0x18, len(mode), CONFIGURATION)
     start = bytes.fromhex("66 ba 18 05 b8") + struct.pack(">I", COMMAND) + b"\xef"  # out dx, eax
     show = _put(CONFIGURATION, mode) + _put(COMMAND, command) + start
-    take = bytes.fromhex("e4 60") + kernels.echo()
+    take = bytes.fromhex("e4 60") + kernels.on_key("\x01", kernels.power_off()) + kernels.echo()
     poll = bytes.fromhex("e4 64 a8 01 0f 84") + struct.pack("<I", len(take)) + take
     enable = kernels.out8(0x64, 0xAE)
     return kernels.kernel(draw + show + enable + kernels.say("drawn\r\n") + kernels.forever(poll))
@@ -102,3 +102,27 @@ async def test_what_the_guest_draws_and_hears(tmp_path: Path) -> None:
                     await viewer.write(struct.pack(">BB2xI", 4, is_press, ord("a")))
                 await console.expect(b"\x1e\x9e")
             await server.ask("PUT", "/instance/state", "Stop")
+
+
+async def test_a_standalone_vm_shows_it_on_a_socket(tmp_path: Path) -> None:
+    """Which is there as long as the VM, for its user alone."""
+    vm = tiny.guest(tmp_path, drawing(), more='[dev.screen]\ndriver = "ramfb"\n')
+    socket = tmp_path / "vnc"
+    async with vm:
+        await vm.expect("drawn", SOON, "the guest has drawn")
+        assert socket.stat().st_mode & 0o777 == 0o600
+        reader, writer = await asyncio.open_unix_connection(str(socket))
+        try:
+            assert await reader.readexactly(12) == b"RFB 003.008\n"
+            writer.write(b"RFB 003.008\n\1\1")
+            assert await reader.readexactly(2 + 4 + 4) == b"\1\1" + bytes(4) + struct.pack(">HH", WIDTH, HEIGHT)
+            writer.write(struct.pack(">BBHHHH", 3, 0, 0, 0, WIDTH, HEIGHT))
+            await reader.readexactly(16)
+            await reader.readexactly(int.from_bytes(await reader.readexactly(4), "big") + 16)
+            assert await reader.readexactly(4 * WIDTH * HEIGHT) == expected()
+            writer.write(struct.pack(">BB2xI", 4, 1, 0xFF1B))
+            assert await vm.exit_status(SOON) == 0
+            assert await reader.read() == b""
+        finally:
+            writer.close()
+    assert not socket.exists()

@@ -15,7 +15,7 @@ from propolis.hypervisor._replay import ReplayVm
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
 GPA = 0x1000
 
@@ -61,12 +61,10 @@ class Guest:
 
 
 @contextlib.asynccontextmanager
-async def serve(
-    guest: Guest, *, encrypt: Callable[[bytes], bytes] | None = None, patience: float = 10
-) -> AsyncIterator[int]:
+async def serve(guest: Guest, *, patience: float = 10) -> AsyncIterator[int]:
     """The TCP port where the guest's screen is shown; closes the guest too."""
     listener = socket.create_server(("127.0.0.1", 0))
-    port = ScreenPort(guest.screen, listener, encrypt=encrypt, patience=patience)
+    port = ScreenPort(guest.screen, listener, patience=patience)
     number: int = listener.getsockname()[1]
     try:
         await port.open()
