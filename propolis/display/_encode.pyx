@@ -23,6 +23,7 @@ cdef class Format:
 
     cdef uint32_t bits, size         # of a pixel, in bits and bytes
     cdef bint is_big_endian
+    cdef bint is_native              # the guest's own: nothing is to be done but to clear the byte that means nothing
     cdef uint32_t red[256]           # by the intensity: its bits in the pixel
     cdef uint32_t green[256]
     cdef uint32_t blue[256]
@@ -43,6 +44,8 @@ cdef class Format:
         self.bits = bits
         self.size = bits // 8
         self.is_big_endian = is_big_endian
+        colours = red_max, green_max, blue_max, red_shift, green_shift, blue_shift
+        self.is_native = bits == 32 and not is_big_endian and colours == (255, 255, 255, 16, 8, 0)
         for value in range(256):
             self.red[value] = (value * red_max + 127) // 255 << red_shift
             self.green[value] = (value * green_max + 127) // 255 << green_shift
@@ -55,6 +58,8 @@ cdef class Format:
                 self.compact_size, self.compact_shift = 3, 8
 
     cdef uint32_t _pixel(self, uint32_t xrgb) noexcept nogil:
+        if self.is_native:
+            return xrgb & 0xFFFFFF
         return self.red[xrgb >> 16 & 0xFF] | self.green[xrgb >> 8 & 0xFF] | self.blue[xrgb & 0xFF]
 
     cdef uint8_t *_put(self, uint8_t *target, uint32_t value, uint32_t size) noexcept nogil:
@@ -86,6 +91,11 @@ def raw(Surface surface, x: int, y: int, width: int, height: int, Format form) -
     with nogil:
         for row in range(top, top + down):
             source = surface.pixels + <size_t>row * surface.width + left
+            if form.is_native:
+                for column in range(across):
+                    (<uint32_t *>target)[column] = source[column] & 0xFFFFFF
+                target += <size_t>across * 4
+                continue
             for column in range(across):
                 target = form._put(target, form._pixel(source[column]), form.size)
     return data

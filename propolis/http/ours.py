@@ -58,6 +58,14 @@ class ConsoleMetrics(v5.Reply, frozen=True):
     waiting_input: int
 
 
+class ScreenMetrics(v5.Reply, frozen=True):
+    """Of a screen: who looks at it, and its size in pixels."""
+
+    clients: int
+    width: int
+    height: int
+
+
 class MetricsResponse(v5.Reply, frozen=True):
     """Numbers of a VM; counters begin with its process. Those of devices are named by the device."""
 
@@ -71,3 +79,4 @@ class MetricsResponse(v5.Reply, frozen=True):
     devices: dict[str, dict[str, int]]
     consoles: dict[str, ConsoleMetrics]
     reboots: int
+    screen: ScreenMetrics | None = None

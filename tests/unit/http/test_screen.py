@@ -32,6 +32,9 @@ async def test_a_picture(tmp_path: Path) -> None:
         assert answer.body.startswith(b"\x89PNG\r\n")
         spec = (await served.get("/instance/spec")).body["spec"]["value"]
         assert spec["extensions"]["screen"] == {"name": "display"}
+        metrics = (await served.get("/instance/metrics")).body
+        assert metrics["screen"] == {"clients": 0, "width": 640, "height": 480}
+        assert metrics["devices"]["ramfb"] == {"refused": 0}
 
 
 async def test_clients_go_when_the_vm_does(tmp_path: Path) -> None:
