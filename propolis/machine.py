@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import uuid
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol
 
-from propolis import offer, threads
+from propolis import __version__, offer, threads
 from propolis import spec as model
 from propolis.board import Board
 from propolis.devices.fw_cfg import FirmwareConfig
@@ -20,7 +21,7 @@ from propolis.devices.power import PowerEvent
 from propolis.devices.ramfb import FILE as RAMFB_FILE
 from propolis.devices.ramfb import SIZE as RAMFB_BYTES
 from propolis.errors import HypervisorError, PauseError
-from propolis.firmware import acpi, boot, layout
+from propolis.firmware import acpi, boot, layout, smbios
 from propolis.firmware.boot_order import boot_order
 from propolis.firmware.bootrom import load as load_bootrom
 from propolis.hypervisor import create_vcpu, open_vm
@@ -66,9 +67,17 @@ class Machine:
     """
 
     def __init__(
-        self, spec: model.Spec, keeper: Keeper, on_event: Callable[[GuestEvent], None], *, hypervisor: str = "kvm"
+        self,
+        spec: model.Spec,
+        keeper: Keeper,
+        on_event: Callable[[GuestEvent], None],
+        *,
+        hypervisor: str = "kvm",
+        identity: uuid.UUID | None = None,
     ) -> None:
+        """Without an `identity` of its own the guest has one that is made of its name."""
         self.spec = spec
+        self.identity = identity or uuid.uuid5(uuid.NAMESPACE_URL, f"propolis:{spec.name}")
         self._on_event = on_event
         self._moved = asyncio.Event()  # a vCPU parked or ended
         self._threads: list[threading.Thread] = []
@@ -116,15 +125,37 @@ class Machine:
         self.devices: list[Device] = self.board.devices
         tables = self.board.tables()
         if bootrom is None:
-            self._tables = acpi.build(tables)
+            built = acpi.build(tables)
+            pieces = smbios.pieces(self._system(memory_size))
+            self._tables = acpi.Tables(built.rsdp, (*built.pieces, *pieces))
         if bootrom is not None or self.board.ramfb is not None:
             self._offer(memory_size, tables if bootrom is not None else None)
+
+    def _system(self, memory_size: int) -> smbios.System:
+        """What the machine is called in its SMBIOS tables."""
+        spec = self.spec
+        names = spec.smbios or model.SystemNames(
+            manufacturer="Propolis", product_name="Propolis VM", serial_number=str(self.identity), version=0
+        )
+        return smbios.System(
+            uuid=self.identity,
+            cpus=spec.cpus,
+            memory_size=memory_size,
+            manufacturer=names.manufacturer,
+            product_name=names.product_name,
+            serial_number=names.serial_number,
+            version=str(names.version) if spec.smbios is not None else __version__,
+            firmware_version=__version__,
+            is_uefi=isinstance(spec.boot, model.FirmwareBoot),
+            processor=smbios.processor(self.cpuid, spec.cpus),
+        )
 
     def _offer(self, memory_size: int, tables: TableBoard | None) -> None:
         """What is found in fw_cfg: by firmware, for which there are `tables`, or by a guest that has a screen."""
         config = FirmwareConfig(self.vm)
         if tables is not None:
             offer.offer_machine(config, memory_size, tables)
+            offer.offer_smbios(config, self._system(memory_size))
             if self._kernel is not None:
                 offer.offer_kernel(config, self._kernel, self._initrd, self.spec.boot.cmdline)
             if (order := boot_order(self.spec)) is not None:

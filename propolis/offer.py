@@ -4,7 +4,7 @@ import struct
 from io import FileIO
 
 from propolis.devices import fw_cfg
-from propolis.firmware import e820, linux, table_loader
+from propolis.firmware import e820, linux, smbios, table_loader
 from propolis.firmware.board import Board
 from propolis.firmware.image import ImageFile
 from propolis.firmware.layout import ram_ranges
@@ -19,6 +19,13 @@ def offer_machine(config: fw_cfg.FirmwareConfig, memory_size: int, board: Board)
     config.add_file("etc/e820", e820.encode(ram))
     for name, content in table_loader.build(board).items():
         config.add_file(name, content)
+
+
+def offer_smbios(config: fw_cfg.FirmwareConfig, system: smbios.System) -> None:
+    """SMBIOS tables, which firmware puts into memory."""
+    content = smbios.tables(system)
+    config.add_file("etc/smbios/smbios-anchor", smbios.entry_point(0, content))
+    config.add_file("etc/smbios/smbios-tables", content)
 
 
 def offer_kernel(config: fw_cfg.FirmwareConfig, kernel: FileIO, initrd: FileIO | None, cmdline: str) -> None:

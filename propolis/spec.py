@@ -26,6 +26,7 @@ BLOCK_WORKERS = 8
 SERIAL_BYTES = 20  # VIRTIO_BLK_ID_BYTES, virtio 1.2 §5.2.6
 MAX_NAME = 64
 MAX_CMDLINE = 65535
+MAX_SMBIOS_TEXT = 64
 MAX_CPUID_LEAVES = 128
 HYPERVISOR_LEAVES = range(0x4000_0000, 0x5000_0000)
 CPU_VENDORS = {"amd": b"AuthenticAMD", "intel": b"GenuineIntel"}
@@ -211,6 +212,15 @@ class CpuidProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     leaves: tuple[CpuidLeaf, ...]
 
 
+class SystemNames(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the guest reads in SMBIOS of the machine that it runs on; printable ASCII, an empty text is none."""
+
+    manufacturer: str
+    product_name: str
+    serial_number: str
+    version: int
+
+
 class BootOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The devices that firmware tries, by name, the first one first.
 
@@ -239,6 +249,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     backends: dict[str, Backend] = {}
     serial_ports: tuple[SerialPort, ...] = tuple(SerialPort(number=number) for number in SERIAL_PORTS)
     boot_order: BootOrder | None = None
+    smbios: SystemNames | None = None
     exit_on_halt: int = 0
     exit_on_reboot: int | None = None
 
@@ -250,6 +261,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         problems = [*_board_problems(self), *_boot_problems(self.boot), *_device_problems(self)]
         if self.cpuid is not None:
             problems += _cpuid_problems(self.cpuid)
+        if self.smbios is not None:
+            problems += _smbios_problems(self.smbios)
         if self.boot_order is not None:
             problems += _boot_order_problems(self.boot_order, self.devices)
         for name, backend in self.backends.items():
@@ -332,6 +345,13 @@ def _cpuid_problems(cpuid: CpuidProfile) -> Iterator[Problem]:
 
 def _leaf_text(leaf: CpuidLeaf) -> str:
     return f"{leaf.leaf:#x}" if leaf.subleaf is None else f"{leaf.leaf:#x}-{leaf.subleaf:#x}"
+
+
+def _smbios_problems(names: SystemNames) -> Iterator[Problem]:
+    for field in ("manufacturer", "product_name", "serial_number"):
+        text = getattr(names, field)
+        if not (text.isascii() and text.isprintable() and len(text) <= MAX_SMBIOS_TEXT):
+            yield Problem(("smbios", field), f"expected at most {MAX_SMBIOS_TEXT} printable ASCII characters")
 
 
 def _boot_order_problems(order: BootOrder, devices: tuple[Device, ...]) -> Iterator[Problem]:

@@ -49,7 +49,7 @@ class VirtualMachine:
         self.events = EventLog(spec.name, str(properties.id))
         self._tell = on_record
         self._last_call: asyncio.TimerHandle | None = None
-        self._machine = Machine(spec, keeper, self._on_guest_event, hypervisor=hypervisor)
+        self._machine = Machine(spec, keeper, self._on_guest_event, hypervisor=hypervisor, identity=properties.id)
         self._hubs = {
             number: self._connect(number, (history if number == 1 else None) or ConsoleHistory())
             for number in self._machine.board.serial_ports

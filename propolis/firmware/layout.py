@@ -58,7 +58,8 @@ PAGE_DIRECTORIES = 0xB000  # four of them, one for each GiB
 CMDLINE = Range(0x2_0000, 64 * KIB)  # with the terminating NUL
 
 # The RSDP is found here by a scan as well (ACPI 6.5 §5.2.5.1: 0xE0000 to 0xFFFFF on a 16-byte boundary).
-ACPI_TABLES = BIOS_SEGMENT
+ACPI_TABLES = Range(0xF_0000, 56 * KIB)
+SMBIOS_TABLES = Range(0xF_E000, 8 * KIB)  # found by a scan of the segment too (DSP0134 §5.2)
 
 
 def align_up(value: int, alignment: int) -> int:

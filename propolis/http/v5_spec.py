@@ -142,6 +142,7 @@ class _Reader:
             devices=tuple(device for _, device in self._devices),
             backends=self._backends,
             cpuid=self._cpuid(),
+            smbios=self._smbios(),
             boot_order=None if self._boot_order is None else self._boot_order[1],
             serial_ports=tuple(port for _, port in self._ports),
             exit_on_halt=self._more.exit_on_halt,
@@ -165,8 +166,6 @@ class _Reader:
             self._wrong("hyper_v is not available in this version", "board", "guest_hv_interface", "type")
         elif board.guest_hv_interface is not None and self._more.hypervisor_interface is not None:
             self._wrong("board.guest_hv_interface says otherwise", "extensions", "hypervisor_interface")
-        if self._wire.smbios is not None:
-            self._wrong("SMBIOS tables are not available in this version", "smbios")
 
     def _hypervisor_interface(self) -> model.HypervisorInterface:
         if self._more.hypervisor_interface is not None:
@@ -181,6 +180,16 @@ class _Reader:
             for e in cpuid.entries
         )
         return model.CpuidProfile(vendor=cpuid.vendor.value, leaves=tuple(leaves))
+
+    def _smbios(self) -> model.SystemNames | None:
+        if (names := self._wire.smbios) is None:
+            return None
+        return model.SystemNames(
+            manufacturer=names.manufacturer,
+            product_name=names.product_name,
+            serial_number=names.serial_number,
+            version=names.version,
+        )
 
     def _component(self, written: str, component: v5.Component) -> None:
         name = key(written)
@@ -281,6 +290,8 @@ class _Reader:
             return self._at + pointer("components", written) + (f"/{below}" if below else "")
         if first == "serial_ports":
             return self._at + pointer("components", self._ports[int(rest[0])][0], "component", "num")
+        if first == "smbios":
+            return self._at + pointer(*where)
         if first == "cpuid":
             return self._at + pointer("board", "cpuid", *("entries" if part == "leaves" else part for part in rest))
         if first == "boot_order" and self._boot_order is not None:
@@ -339,6 +350,7 @@ class _Writer:
                 cpuid=None if spec.cpuid is None else _cpuid(spec.cpuid),
             ),
             components=self._components,
+            smbios=None if spec.smbios is None else _smbios(spec.smbios),
             extensions=None if more == v5.Extensions() else more,
         )
 
@@ -405,6 +417,15 @@ class _Writer:
             exit_on_halt=spec.exit_on_halt,
             exit_on_reboot=spec.exit_on_reboot,
         )
+
+
+def _smbios(names: model.SystemNames) -> v5.SmbiosType1Input:
+    return v5.SmbiosType1Input(
+        manufacturer=names.manufacturer,
+        product_name=names.product_name,
+        serial_number=names.serial_number,
+        version=names.version,
+    )
 
 
 def _cpuid(profile: model.CpuidProfile) -> v5.Cpuid:

@@ -5,11 +5,13 @@ import hashlib
 import os
 import re
 import time
+import uuid
 from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
 
+from propolis import __version__
 from tests.machine.clocks import check_clocks, clocksource
 from tests.machine.complaints import IN_LAB, check_complaints
 from tests.machine.guest import Guest
@@ -97,6 +99,20 @@ async def test_the_topology(vm: Guest) -> None:
         assert f"{CPUS} {key}\t: {value}" in " ".join(
             (await vm.run(f"grep '^{key}' /proc/cpuinfo | sort | uniq -c")).check().split(" ")
         )
+
+
+async def test_what_the_machine_is_called(vm: Guest) -> None:
+    """From SMBIOS; the UUID is one that a VM of this name always has."""
+    identity = str(uuid.uuid5(uuid.NAMESPACE_URL, "propolis:linux"))
+    for key, value in (
+        ("sys_vendor", "Propolis"),
+        ("product_name", "Propolis VM"),
+        ("product_version", __version__),
+        ("product_serial", identity),
+        ("product_uuid", identity),
+        ("bios_version", __version__),
+    ):
+        assert (await vm.run(f"cat /sys/class/dmi/id/{key}")).check().strip() == value
 
 
 # -- PCI ---------------------------------------------------------------------------------------------------------------

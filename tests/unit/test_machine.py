@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import threading
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,10 +16,11 @@ from propolis.backends.block.file import FileBackend
 from propolis.devices.device import Device
 from propolis.devices.virtio.blk import VirtioBlk
 from propolis.errors import HypervisorError, PauseError
+from propolis.firmware import layout
 from propolis.keeper import LocalKeeper
 from propolis.lifecycle import GuestEvent
 from propolis.machine import Machine
-from propolis.spec import BlobBlock, CloudInit, DirectBoot, PciPath, Pvpanic, Spec, VirtioBlock
+from propolis.spec import BlobBlock, CloudInit, DirectBoot, PciPath, Pvpanic, Spec, SystemNames, VirtioBlock
 from tests.unit.firmware import images
 
 RESET_CONTROL = 0xCF9
@@ -245,5 +247,26 @@ async def test_disks_that_are_in_memory(tmp_path: Path) -> None:
         assert isinstance(seed, FileBackend)
         assert os.pread(blob.fd, 4096, 0) == b"x" * 1024
         assert os.pread(seed.fd, 1 << 20, 0) == nocloud.volume("web", "#cloud-config\n")
+    finally:
+        await machine.halt()
+
+
+async def test_what_the_machine_is_called(tmp_path: Path) -> None:
+    """In SMBIOS tables that a kernel finds which no firmware has started, again after a reboot."""
+    names = SystemNames(manufacturer="Oxide", product_name="OxVM", serial_number="", version=7)
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(images.elf())
+    spec = Spec(name="machine", cpus=1, memory_mib=16, boot=DirectBoot(kernel=str(kernel)), smbios=names)
+    identity = uuid.UUID(int=7)
+    machine = Machine(spec, LocalKeeper(), ignore, hypervisor="replay", identity=identity)
+    try:
+        await machine.start()
+        for _ in range(2):
+            memory = machine.vm.memory.read(layout.SMBIOS_TABLES.base, layout.SMBIOS_TABLES.size)
+            assert memory.startswith(b"_SM3_")
+            assert b"Oxide\0OxVM\x007\0\0" in memory
+            assert identity.bytes_le in memory
+            machine.vm.memory.write(layout.SMBIOS_TABLES.base, bytes(layout.SMBIOS_TABLES.size))
+            await machine.reboot()
     finally:
         await machine.halt()

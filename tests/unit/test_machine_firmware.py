@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from propolis.errors import ImageError
+from propolis.firmware import smbios
 from propolis.keeper import LocalKeeper
 from propolis.machine import Machine
 from propolis.spec import BootOrder, FileBlock, FirmwareBoot, PciPath, Spec, VirtioBlock
@@ -52,6 +53,9 @@ async def test_files(tmp_path: Path) -> None:
     try:
         found = files(machine)
         assert {"etc/e820", "etc/acpi/tables", "etc/acpi/rsdp", "etc/table-loader"} <= found.keys()
+        anchor, tables = found["etc/smbios/smbios-anchor"], found["etc/smbios/smbios-tables"]
+        assert anchor == smbios.entry_point(0, tables)
+        assert machine.identity.bytes_le in tables
         assert found["bootorder"] == b"/pci@i0cf8/scsi@4,0/disk@0,0\nHALT\0"
         assert read(machine, CMDLINE_SIZE, 4) == bytes(4)
     finally:

@@ -52,6 +52,7 @@ def test_boot_structures_do_not_overlap() -> None:
         layout.CMDLINE,
         layout.EBDA,
         layout.ACPI_TABLES,
+        layout.SMBIOS_TABLES,
     ]
     for before, after in itertools.pairwise(ranges):
         assert before.end <= after.base

@@ -20,6 +20,7 @@ KERNEL = {"type": "direct", "kernel": "/boot/vmlinuz"}
 ID = "0b3a7b64-0bb2-4c5e-9a7a-7f6b3f3ad1aa"
 
 
+SMBIOS = {"manufacturer": "Oxide", "product_name": "OxVM", "serial_number": "", "version": 5}
 BLOB = base64.b64encode(b"x" * 1024).decode()
 
 
@@ -111,6 +112,7 @@ FULL = spec(
         spec({"d": disk("b"), "b": file(workers=None)}),
         spec({"d": disk("b"), "b": file(workers=8)}),
         spec({"boot_settings": order()}),
+        spec(smbios=SMBIOS),
         {**spec(), "board": {**BOARD, "cpuid": cpuid(leaf(7, subleaf=0, ebx=8), leaf(7, subleaf=1), leaf(0x80000000))}},
     ],
 )
@@ -291,7 +293,9 @@ def test_what_is_not_available_is_parsed_and_refused_by_name(kind: str) -> None:
 @pytest.mark.parametrize(
     ("wire", "pointer"),
     [
-        (spec(smbios={"manufacturer": "", "product_name": "", "serial_number": "", "version": 1}), "smbios"),
+        (spec(smbios={**SMBIOS, "manufacturer": "\n"}), "smbios/manufacturer"),
+        (spec(smbios={**SMBIOS, "product_name": "ü"}), "smbios/product_name"),
+        (spec(smbios={**SMBIOS, "serial_number": "x" * 65}), "smbios/serial_number"),
         (
             {**spec(), "board": {**BOARD, "chipset": {"type": "i440_fx", "value": {"enable_pcie": True}}}},
             "board/chipset/value/enable_pcie",
