@@ -24,7 +24,7 @@ from propolis.errors import HypervisorError, PauseError
 from propolis.firmware import acpi, boot, layout, smbios
 from propolis.firmware.boot_order import boot_order
 from propolis.firmware.bootrom import load as load_bootrom
-from propolis.hypervisor import create_vcpu, open_vm
+from propolis.hypervisor import create_vcpu, hyperv, open_vm
 from propolis.hypervisor.cpuid import SIGNIFICANT_INDEX, Entry, machine_cpuid, vcpu_cpuid
 from propolis.hypervisor.cpuid_profile import leaves_on
 from propolis.lifecycle import GuestEvent
@@ -114,6 +114,8 @@ class Machine:
         if spec.cpuid is not None:
             leaves, deadline_timer = leaves_on(leaves, _entries(spec.cpuid), deadline_timer)
         self.cpuid = machine_cpuid(leaves, spec.cpus, spec.hypervisor_interface, deadline_timer)
+        if spec.hypervisor_interface == "hyper-v":
+            self.cpuid += hyperv.leaves(self.vm.supported_hyperv(), spec.hyperv_features, model.MAX_CPUS)
         for index in range(spec.cpus):
             vcpu = create_vcpu(self.vm, index, self._vcpu_events(index))
             undo.callback(vcpu.close)

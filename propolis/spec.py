@@ -35,7 +35,8 @@ CLOUD_INIT_VOLUME_BYTES = 2 << 20  # of all of them, at most
 BLOB_BLOCK = 512
 SERIAL_PORTS = (1, 2, 3, 4)
 
-HypervisorInterface = Literal["kvm", "bhyve", "none"]
+HypervisorInterface = Literal["kvm", "bhyve", "hyper-v", "none"]
+HyperVFeature = Literal["reference_tsc"]
 MemoryBacking = Literal["anonymous", "memfd", "hugetlb"]
 
 _NAME_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
@@ -244,6 +245,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     boot_is_default: bool = False
     memory_backing: MemoryBacking = "anonymous"
     hypervisor_interface: HypervisorInterface = "kvm"
+    hyperv_features: tuple[HyperVFeature, ...] = ()  # of "hyper-v" alone
     cpuid: CpuidProfile | None = None
     devices: tuple[Device, ...] = ()
     backends: dict[str, Backend] = {}
@@ -290,6 +292,8 @@ def _board_problems(spec: Spec) -> Iterator[Problem]:
     for field, status in (("exit_on_halt", spec.exit_on_halt), ("exit_on_reboot", spec.exit_on_reboot)):
         if status is not None and not 0 <= status <= 255:
             yield Problem((field,), f"expected an exit status from 0 to 255, not {status}")
+    if spec.hyperv_features and spec.hypervisor_interface != "hyper-v":
+        yield Problem(("hyperv_features",), f"the hypervisor's interface is {spec.hypervisor_interface!r}")
     taken: set[int] = set()
     for index, port in enumerate(spec.serial_ports):
         where = ("serial_ports", index, "number")

@@ -110,6 +110,7 @@ class _Reader:
                 boot=boot,
                 memory_backing=backing,
                 hypervisor_interface=interface,
+                hyperv_features=("reference_tsc",) if interface == "hyper-v" else (),
                 devices=tuple(devices),
                 backends=backends,
                 boot_order=order,
@@ -139,10 +140,10 @@ def _place_in_file(where: Path, devices: list[model.Device]) -> tuple[Path, bool
     return ("main", _MAIN_KEYS.get(field, field)), False
 
 
-def _hypervisor_interface(value: object) -> Literal["kvm", "bhyve", "none"]:
-    if value == "kvm" or value == "bhyve" or value == "none":
+def _hypervisor_interface(value: object) -> model.HypervisorInterface:
+    if value == "kvm" or value == "bhyve" or value == "hyper-v" or value == "none":
         return value
-    raise UnexpectedError(f"expected 'kvm', 'bhyve' or 'none', not {show(value)}")
+    raise UnexpectedError(f"expected 'kvm', 'bhyve', 'hyper-v' or 'none', not {show(value)}")
 
 
 def _memory_backing(value: object) -> Literal["anonymous", "memfd", "hugetlb"]:

@@ -139,6 +139,7 @@ class _Reader:
             boot_is_default=self._more.boot is None,
             memory_backing=self._more.memory_backing,
             hypervisor_interface=self._hypervisor_interface(),
+            hyperv_features=self._hyperv_features(),
             devices=tuple(device for _, device in self._devices),
             backends=self._backends,
             cpuid=self._cpuid(),
@@ -162,15 +163,18 @@ class _Reader:
         board = self._wire.board
         if board.chipset.value.enable_pcie:
             self._wrong("PCI Express is not available in this version", "board", "chipset", "value", "enable_pcie")
-        if isinstance(board.guest_hv_interface, v5.HyperVInterface):
-            self._wrong("hyper_v is not available in this version", "board", "guest_hv_interface", "type")
-        elif board.guest_hv_interface is not None and self._more.hypervisor_interface is not None:
+        if board.guest_hv_interface is not None and self._more.hypervisor_interface is not None:
             self._wrong("board.guest_hv_interface says otherwise", "extensions", "hypervisor_interface")
 
     def _hypervisor_interface(self) -> model.HypervisorInterface:
         if self._more.hypervisor_interface is not None:
             return self._more.hypervisor_interface
-        return "kvm" if self._wire.board.guest_hv_interface is None else "bhyve"
+        there = self._wire.board.guest_hv_interface
+        return "kvm" if there is None else "hyper-v" if isinstance(there, v5.HyperVInterface) else "bhyve"
+
+    def _hyperv_features(self) -> tuple[model.HyperVFeature, ...]:
+        there = self._wire.board.guest_hv_interface
+        return tuple(feature.value for feature in there.value.features) if isinstance(there, v5.HyperVInterface) else ()
 
     def _cpuid(self) -> model.CpuidProfile | None:
         if (cpuid := self._wire.board.cpuid) is None:
@@ -290,6 +294,8 @@ class _Reader:
             return self._at + pointer("components", written) + (f"/{below}" if below else "")
         if first == "serial_ports":
             return self._at + pointer("components", self._ports[int(rest[0])][0], "component", "num")
+        if first == "hyperv_features":
+            return self._at + pointer("extensions", "hypervisor_interface")
         if first == "smbios":
             return self._at + pointer(*where)
         if first == "cpuid":
@@ -346,7 +352,7 @@ class _Writer:
                 cpus=spec.cpus,
                 memory_mb=spec.memory_mib,
                 chipset=v5.I440FxChipset(value=v5.I440Fx(enable_pcie=False)),
-                guest_hv_interface=v5.BhyveInterface() if spec.hypervisor_interface == "bhyve" else None,
+                guest_hv_interface=_interface(spec),
                 cpuid=None if spec.cpuid is None else _cpuid(spec.cpuid),
             ),
             components=self._components,
@@ -417,6 +423,13 @@ class _Writer:
             exit_on_halt=spec.exit_on_halt,
             exit_on_reboot=spec.exit_on_reboot,
         )
+
+
+def _interface(spec: model.Spec) -> v5.GuestHypervisorInterface | None:
+    if spec.hypervisor_interface == "hyper-v":
+        features = tuple(v5.HyperVFeatureFlag(feature) for feature in spec.hyperv_features)
+        return v5.HyperVInterface(value=v5.HyperVFeatures(features=features))
+    return v5.BhyveInterface() if spec.hypervisor_interface == "bhyve" else None
 
 
 def _smbios(names: model.SystemNames) -> v5.SmbiosType1Input:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     MachineVm = KvmVm | ReplayVm
     MachineVcpu = KvmVcpu | ReplayVcpu
 
-VM_NAMES = ("max_vcpus", "has_deadline_timer", "supported_cpuid", "map_memory", "inject_nmi", "reset", "close")
+VM_NAMES = (
+    "max_vcpus", "has_deadline_timer", "supported_cpuid", "supported_hyperv",
+    "map_memory", "inject_nmi", "reset", "close",
+)  # fmt: skip
 VCPU_NAMES = (
     "set_cpuid", "reset", "get_registers", "set_registers", "instruction_bytes", "failure_text", "close",
 )  # fmt: skip

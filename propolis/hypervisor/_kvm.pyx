@@ -140,10 +140,19 @@ cdef class KvmVm(Vm):
 
     def supported_cpuid(self) -> list:
         """What this host and its KVM can give a guest: (function, index, flags, eax, ebx, ecx, edx) each."""
+        return self._cpuid(kvm.KVM_GET_SUPPORTED_CPUID)
+
+    def supported_hyperv(self) -> list:
+        """The leaves by which KVM can say that it is a Hyper-V, as above; none where it cannot."""
+        if self.capability(kvm.KVM_CAP_HYPERV) <= 0 or self.capability(kvm.KVM_CAP_SYS_HYPERV_CPUID) <= 0:
+            return []
+        return self._cpuid(kvm.KVM_GET_SUPPORTED_HV_CPUID)
+
+    cdef list _cpuid(self, unsigned long request):
         cdef Cpuid cpuid
         memset(&cpuid, 0, sizeof(cpuid))
         cpuid.nent = MAX_CPUID
-        call(self.kvm_fd, kvm.KVM_GET_SUPPORTED_CPUID, &cpuid, "ask the supported CPUID")
+        call(self.kvm_fd, request, &cpuid, "ask the supported CPUID")
         return [
             (cpuid.entries[i].function, cpuid.entries[i].index, cpuid.entries[i].flags, cpuid.entries[i].eax,
              cpuid.entries[i].ebx, cpuid.entries[i].ecx, cpuid.entries[i].edx)

@@ -115,6 +115,9 @@ cdef class ReplayVm(Vm):
     def supported_cpuid(self) -> list:
         return [(0, 0, 0, 1, 0, 0, 0), (1, 0, 0, 0, 0, 0, 0)]
 
+    def supported_hyperv(self) -> list:
+        return []
+
     def map_memory(self) -> None:
         """There is nobody to map it for."""
 

@@ -6,7 +6,7 @@ volume 3, appendix E.
 
 from typing import Literal, NamedTuple
 
-Interface = Literal["kvm", "bhyve", "none"]
+Interface = Literal["kvm", "bhyve", "hyper-v", "none"]
 
 SIGNIFICANT_INDEX = 1  # the entry answers only its own sub-leaf (KVM_CPUID_FLAG_SIGNIFCANT_INDEX)
 
@@ -89,7 +89,7 @@ def _hypervisor(interface: Interface, paravirtual: Entry) -> list[Entry]:
         return [_signature(b"KVMKVMKVM\0\0\0", 0x4000_0001), paravirtual]
     if interface == "bhyve":
         return [_signature(b"bhyve bhyve ", 0x4000_0000)]
-    return []
+    return []  # those of "hyper-v" are in hyperv.py
 
 
 def _signature(name: bytes, last: int) -> Entry:

@@ -270,3 +270,12 @@ async def test_what_the_machine_is_called(tmp_path: Path) -> None:
             await machine.reboot()
     finally:
         await machine.halt()
+
+
+def test_a_host_that_cannot_be_a_hyper_v_says_so(tmp_path: Path) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(images.elf())
+    boot = DirectBoot(kernel=str(kernel))
+    spec = Spec(name="machine", cpus=1, memory_mib=16, boot=boot, hypervisor_interface="hyper-v")
+    with pytest.raises(HypervisorError, match="this host's KVM cannot be a Hyper-V to its guests"):
+        Machine(spec, LocalKeeper(), ignore, hypervisor="replay")

@@ -83,6 +83,7 @@ def test_defaults() -> None:
             {"devices": (disk(), Pvpanic(name="p")), "boot_order": BootOrder(devices=("disk0", "p"))},
             ("boot_order", "devices", 1),
         ),
+        ({"hyperv_features": ("reference_tsc",)}, ("hyperv_features",)),
         ({"backends": IMAGES | {"": FileBlock(path="/a")}}, ("backends", "")),
         ({"backends": IMAGES | {"x": FileBlock(path="")}}, ("backends", "x", "path")),
         ({"backends": IMAGES | {"x": FileBlock(path="/a", block_size=513)}}, ("backends", "x", "block_size")),

@@ -44,6 +44,10 @@ def order(*devices: str) -> dict[str, Any]:
     return {"type": "boot_settings", "component": {"order": [{"id": device} for device in devices]}}
 
 
+def hyper_v(*features: str) -> dict[str, Any]:
+    return {**spec(), "board": {**BOARD, "guest_hv_interface": {"type": "hyper_v", "value": {"features": features}}}}
+
+
 def leaf(number: int, **registers: int) -> dict[str, Any]:
     return {"leaf": number, "eax": 0, "ebx": 0, "ecx": 0, "edx": 0, **registers}
 
@@ -113,6 +117,8 @@ FULL = spec(
         spec({"d": disk("b"), "b": file(workers=8)}),
         spec({"boot_settings": order()}),
         spec(smbios=SMBIOS),
+        hyper_v(),
+        hyper_v("reference_tsc"),
         {**spec(), "board": {**BOARD, "cpuid": cpuid(leaf(7, subleaf=0, ebx=8), leaf(7, subleaf=1), leaf(0x80000000))}},
     ],
 )
@@ -310,8 +316,11 @@ def test_what_is_not_available_is_parsed_and_refused_by_name(kind: str) -> None:
             "board/cpuid/entries",
         ),
         (
-            {**spec(), "board": {**BOARD, "guest_hv_interface": {"type": "hyper_v", "value": {"features": []}}}},
-            "board/guest_hv_interface/type",
+            {
+                **spec(extensions={"boot": KERNEL, "hypervisor_interface": "none"}),
+                "board": {**BOARD, "guest_hv_interface": {"type": "hyper_v", "value": {"features": []}}},
+            },
+            "extensions/hypervisor_interface",
         ),
         ({**spec(), "board": {**BOARD, "cpus": 0}}, "board/cpus"),
         ({**spec(), "board": {**BOARD, "memory_mb": 1 << 70}}, "board/memory_mb"),
