@@ -55,6 +55,7 @@ class Made(NamedTuple):
     restart: Restart
     cloud_init: CloudInit | None = None
     cpuid_profile: str | None = None
+    hyperv: bool = False
 
 
 def new(made: Made) -> Work:
@@ -91,6 +92,8 @@ def _spec_of(made: Made) -> Spec | msgspec.Raw:
         spec = spec_file.read_toml(made.toml, made.name, made.cpus, made.memory_mib, made.cpuid_profile)
     else:
         spec = spec_file.plain(made.name, made.cpus, made.memory_mib)
+    if made.hyperv:
+        spec = spec_file.with_hyperv(spec)
     return spec if made.cloud_init is None else spec_file.with_cloud_init(spec, *made.cloud_init)
 
 

@@ -164,6 +164,7 @@ def new(
         str | None,
         typer.Option("--cpuid-profile", metavar="NAME", help="With -t: the [cpuid.NAME] that the guest sees."),
     ] = None,
+    hyperv: Annotated[bool, typer.Option("--hyperv", help="The guest finds a Hyper-V.")] = False,
     cloud_init: Annotated[
         Path | None,
         typer.Option("--cloud-init", metavar="FILE", help="User-data: adds a disk with it for the guest's cloud-init."),
@@ -186,8 +187,8 @@ def new(
 
     Without -t or -s it has a board and serial ports: what it boots, and its devices, are the server's configuration.
     """
-    if spec is not None and not (toml is None and cpus is None and memory is None and cloud_init is None):
-        raise typer.BadParameter("-s already says all of this: -t, -c, -m and --cloud-init do not go with it")
+    if spec is not None and (hyperv or not (toml is None and cpus is None and memory is None and cloud_init is None)):
+        raise typer.BadParameter("-s already says all of this: -t, -c, -m, --hyperv and --cloud-init do not go with it")
     if cpuid_profile is not None and toml is None:
         raise typer.BadParameter("--cpuid-profile goes with -t")
     if cloud_init is None and not (meta_data is None and network_config is None):
@@ -205,6 +206,7 @@ def new(
         autostart=autostart,
         restart=restart.value,
         cpuid_profile=cpuid_profile,
+        hyperv=hyperv,
         cloud_init=None
         if cloud_init is None
         else instance.CloudInit(str(cloud_init), _optional(meta_data), _optional(network_config)),

@@ -60,6 +60,11 @@ def read_toml(
     raise log.error(source, shown)
 
 
+def with_hyperv(spec: model.Spec) -> model.Spec:
+    """The VM with a Hyper-V for its guest, of all that one may have here."""
+    return msgspec.structs.replace(spec, hypervisor_interface="hyper-v", hyperv_features=("reference_tsc",))
+
+
 def with_cloud_init(spec: model.Spec, user: str, meta: str | None, network: str | None) -> model.Spec:
     """The VM with one disk more, a volume for cloud-init of what is in these files."""
     texts = []

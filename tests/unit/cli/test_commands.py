@@ -87,7 +87,8 @@ def test_help_loads_nothing_heavy() -> None:
         (("-p", "0", "ls"), "'-p'"),
         (("wait", "web", "happy"), "'happy'"),
         (("set", "web"), "nothing to change"),
-        (("new", "web", "-s", "x.json", "-c", "1"), "-c, -m and --cloud-init do not go with it"),
+        (("new", "web", "-s", "x.json", "-c", "1"), "-m, --hyperv and --cloud-init do not go with it"),
+        (("new", "web", "-s", "x.json", "--hyperv"), "--hyperv and --cloud-init do not go with it"),
         (("new", "web", "--cpuid-profile", "x"), "--cpuid-profile goes with -t"),
         (("new", "web", "--meta-data", "x"), "--meta-data and --network-config go with --cloud-init"),
         (("--url", "gopher://x", "ls"), "'gopher://x' is no server"),
@@ -181,6 +182,14 @@ async def test_a_vm_with_a_cpuid_of_its_own(tmp_path: Path) -> None:
     assert (await cli(*words, "new", environment=where)).err.endswith("there is no [cpuid.new]: expected 'old'\n")
     result = await cli(*words, "old", environment=where)
     assert f"{tmp_path}/vm.toml:2:10: vendor: leaf 0x0 is not amd's" in result.err
+
+
+async def test_a_vm_with_a_hyper_v(tmp_path: Path) -> None:
+    """Which the replayed host cannot be."""
+    (tmp_path / "vm.toml").write_text(f"[main]\nname = 'x'\ncpus = 1\nmemory = 16\nkernel = '{kernel(tmp_path)}'\n")
+    async with empty(tmp_path) as served:
+        words = ("new", "web", "-t", f"{tmp_path}/vm.toml", "--hyperv")
+        await fails(served, 1, "this host's KVM cannot be a Hyper-V to its guests", *words)
 
 
 async def test_a_vm_with_a_volume_for_cloud_init(tmp_path: Path) -> None:
