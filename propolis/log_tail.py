@@ -34,6 +34,16 @@ class LogTail(logging.Handler):
         self._left_out = 0
         self.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
 
+    def install(self, level: str) -> None:
+        """Alone gets what this process logs, of this level and up: "debug", "info", "warning" or "error"."""
+        logging.basicConfig(level=level.upper(), handlers=[self], force=True)
+        for name in ("asyncio", "aiohttp"):  # which tell of each connection
+            logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+
+    def remove(self) -> None:
+        """Gets nothing any more."""
+        logging.getLogger().removeHandler(self)
+
     def emit(self, record: logging.LogRecord) -> None:
         """Never raises: there is nobody to tell."""
         if record.levelno < logging.ERROR and not self._has_room():

@@ -12,28 +12,26 @@ import importlib
 import logging
 import os
 import signal
-import uuid
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import msgspec
 import uvloop
-from aiohttp import web
 
 from propolis import jail
-from propolis.console.history import ConsoleHistory
 from propolis.errors import JailError, PropolisError
 from propolis.http import v5
 from propolis.http.app import make_app, serve
 from propolis.http.slot import SLOT
-from propolis.keeper import LocalKeeper
 from propolis.keeper_protocol import RemoteKeeper
 from propolis.lifecycle import Record, Request, State
 from propolis.log_tail import LogTail
-from propolis.spec import DirectBoot, Spec
+from propolis.practice import practise
 from propolis.virtual_machine import VirtualMachine
 
 if TYPE_CHECKING:
+    from aiohttp import web
+
     from propolis.console.history_file import MappedHistory
     from propolis.keeper_process import Ends
     from propolis.state_file import StateWriter
@@ -64,7 +62,7 @@ def preload() -> None:
     for name in _LATER:
         importlib.import_module(name)
     for _ in range(PRACTICE):
-        _practise(make_app(None))
+        practise(make_app(None))
     _apps.extend(make_app(None) for _ in range(2))
     try:
         jail.prepare()
@@ -74,32 +72,8 @@ def preload() -> None:
 
 def prepare() -> None:
     """In a worker that waits for its VM: makes one as it will have to, so that the pages for that are there already."""
-    _practise(_apps.pop())
+    practise(_apps.pop())
     gc.collect()  # what is left of it has descriptors: the jail closes their numbers, which are others' a moment later
-
-
-def _practise(app: web.Application) -> None:
-    boot = DirectBoot(kernel=__file__)  # a file that there is; nothing runs, so it is not read
-    spec = Spec(name="practice", cpus=1, memory_mib=16, boot=boot)
-    nobody = uuid.UUID(int=0)
-    metadata = v5.InstanceMetadata(
-        silo_id=nobody, project_id=nobody, sled_id=nobody, sled_serial="", sled_revision=0, sled_model=""
-    )
-    properties = v5.InstanceProperties(id=nobody, name="", description="", metadata=metadata)
-
-    async def practise() -> None:
-        history = ConsoleHistory(1)
-        vm = VirtualMachine(spec, properties, LocalKeeper(), history=history, hypervisor="replay")
-        try:
-            app[SLOT].fill(vm, history)
-            runner = web.AppRunner(app)
-            await runner.setup()
-            await runner.cleanup()
-        finally:
-            await vm.close()
-
-    with asyncio.Runner() as runner:
-        runner.run(practise())
 
 
 def main(ends: Ends) -> int:
@@ -108,10 +82,8 @@ def main(ends: Ends) -> int:
         log_history = ends.directory.map_log()
         stack.callback(log_history.close)
         tail = LogTail(log_history, ends.start.options.log_format)
-        logging.basicConfig(level=ends.start.options.log_level.upper(), handlers=[tail], force=True)
-        for name in ("asyncio", "aiohttp"):  # which tell of each connection
-            logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
-        stack.callback(logging.getLogger().removeHandler, tail)
+        tail.install(ends.start.options.log_level)
+        stack.callback(tail.remove)
         state = ends.directory.map_state()
         stack.callback(state.close)
         history = ends.directory.map_history()
