@@ -35,15 +35,23 @@ class ScreenPort:
         self._patience = patience
         self._server: asyncio.Server | None = None
         self._sessions: set[asyncio.Task[None]] = set()
+        self._leaving: set[asyncio.Task[None]] = set()  # those of them that only wait for their connection to be closed
 
     async def open(self) -> None:
         """Begins to serve."""
         self._server = await asyncio.start_server(self._begin, sock=self._listener)
 
     def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None:  # it came in just before the end
+            writer.transport.abort()
+            return
         task = asyncio.create_task(self._run(_Stream(reader, writer), writer))
         self._sessions.add(task)
-        task.add_done_callback(self._sessions.discard)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._sessions.discard(task)
+        self._leaving.discard(task)
 
     async def _run(self, stream: _Stream, writer: asyncio.StreamWriter) -> None:
         transport = writer.transport
@@ -52,6 +60,8 @@ class ScreenPort:
             session = Session(self._screen, stream, patience=self._patience)
             log.info("a client of the screen is gone: reason=%s", await session.run())
         finally:
+            if (task := asyncio.current_task()) is not None:
+                self._leaving.add(task)
             if transport.get_write_buffer_size():
                 transport.abort()
             else:
@@ -65,7 +75,7 @@ class ScreenPort:
             self._server.close()
             self._server = None
         self._listener.close()
-        for task in self._sessions:
+        for task in self._sessions - self._leaving:
             task.cancel()
         if self._sessions:
             await asyncio.wait(self._sessions)
