@@ -45,6 +45,12 @@ asyncio.run(main())
 """
 
 
+@pytest.fixture(autouse=True)
+async def _measured() -> None:
+    """The loop of tests checks each call, which takes longer than what is measured here."""
+    asyncio.get_running_loop().set_debug(False)
+
+
 @asynccontextmanager
 async def daemon(folder: Path) -> AsyncIterator[Server]:
     """One that jails its VMs and runs them by KVM; it has just started and had time to get ready for the first."""
