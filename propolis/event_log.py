@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
+GAP = "gap"  # the kind of what takes the place of events that are no longer kept
 KEPT_EVENTS = 1024
 _PER_GENERATION = 1_000_000  # numbers below one generation; 9 * 10^9 generations then fit a JavaScript number
 
@@ -75,6 +76,14 @@ class EventLog:
     def after(self, number: int) -> Batch:
         """The events since the one of that number."""
         return Batch([event for event in self._events if event.id > number], number < self._dropped)
+
+    @property
+    def gap(self) -> Event:
+        """Takes the place of the events that are no longer kept; its number is that of the latest of them."""
+        generation = self._dropped // _PER_GENERATION
+        return Event(
+            id=self._dropped, time=time.time(), name=self._name, uuid=self._uuid, kind=GAP, generation=generation
+        )
 
     async def wait(self, number: int) -> None:
         """Returns once there is an event after that number, or there will be none."""

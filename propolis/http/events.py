@@ -53,8 +53,8 @@ async def _server_sent(request: web.Request, log: EventLog, after: int) -> web.S
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
     await response.prepare(request)
 
-    async def send(event: Event | None) -> None:
-        await response.write(_text(event) if event is not None else b"event: gap\ndata: {}\n\n")
+    async def send(event: Event) -> None:
+        await response.write(_text(event))
 
     async def keep_alive() -> None:
         await response.write(b":\n\n")
@@ -70,8 +70,8 @@ async def _websocket(request: web.Request, log: EventLog, after: int) -> web.Str
     socket = web.WebSocketResponse(timeout=CLOSE_PATIENCE, max_msg_size=1024, compress=False)
     await socket.prepare(request)
 
-    async def send(event: Event | None) -> None:
-        await socket.send_str(msgspec.json.encode(event if event is not None else ours.Gap()).decode())
+    async def send(event: Event) -> None:
+        await socket.send_str(msgspec.json.encode(event).decode())
 
     async def keep_alive() -> None:
         await socket.ping()
@@ -104,10 +104,10 @@ async def _until_closed(socket: web.WebSocketResponse) -> None:
 async def _follow(
     log: EventLog,
     after: int,
-    send: Callable[[Event | None], Awaitable[None]],
+    send: Callable[[Event], Awaitable[None]],
     keep_alive: Callable[[], Awaitable[None]],
 ) -> None:
-    """Sends events, None in the place of those that are lost, until there will be no more.
+    """Sends events, a gap in the place of those that are lost, until there will be no more.
 
     Raises TimeoutError where one is not taken in time.
     """
@@ -115,7 +115,7 @@ async def _follow(
         batch = log.after(after)
         if batch.is_gap:
             async with asyncio.timeout(PATIENCE):
-                await send(None)
+                await send(log.gap)
         for event in batch.events:
             async with asyncio.timeout(PATIENCE):
                 await send(event)

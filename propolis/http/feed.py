@@ -17,7 +17,7 @@ import msgspec
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from propolis.errors import FieldError, PropolisError
-from propolis.event_log import Event
+from propolis.event_log import GAP, Event
 from propolis.http import codec, ours
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Feed:
                 async for line in self._workers.lines(instance, path, _MAX_LINE):
                     if line.startswith(b"id: ") and line[4:].isdigit() and len(line) < 24:
                         number = int(line[4:])
-                    elif line.startswith(b"data: ") and len(line) > len(b"data: {}"):
+                    elif line.startswith(b"data: "):
                         self._add(instance, msgspec.json.decode(line[6:], type=_Told))
             except (PropolisError, aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
                 log.debug("events break off", extra={"vm": instance.name, "reason": str(error)[:200]})
@@ -144,12 +144,9 @@ class Feed:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         await response.prepare(request)
 
-        async def send(event: Event | None) -> None:
-            text = b"event: gap\ndata: {}\n\n"
-            if event is not None:
-                kind = event.kind.encode() if event.kind.isprintable() else b"other"
-                text = b"id: %d\nevent: %s\ndata: %s\n\n" % (event.id, kind, msgspec.json.encode(event))
-            await response.write(text)
+        async def send(event: Event) -> None:
+            kind = event.kind.encode() if event.kind.isprintable() else b"other"
+            await response.write(b"id: %d\nevent: %s\ndata: %s\n\n" % (event.id, kind, msgspec.json.encode(event)))
 
         async def keep_alive() -> None:
             await response.write(b":\n\n")
@@ -163,8 +160,8 @@ class Feed:
         channel = web.WebSocketResponse(timeout=_CLOSE_PATIENCE, max_msg_size=1024, compress=False)
         await channel.prepare(request)
 
-        async def send(event: Event | None) -> None:
-            await channel.send_str(msgspec.json.encode(event if event is not None else ours.Gap()).decode())
+        async def send(event: Event) -> None:
+            await channel.send_str(msgspec.json.encode(event).decode())
 
         async def keep_alive() -> None:
             await channel.ping()
@@ -189,12 +186,13 @@ class Feed:
     async def _send_all(
         self,
         number: int,
-        send: Callable[[Event | None], Awaitable[None]],
+        send: Callable[[Event], Awaitable[None]],
         keep_alive: Callable[[], Awaitable[None]],
     ) -> None:
         """Until the daemon ends. Raises TimeoutError where a watcher does not take what it is sent."""
         if number < self._dropped and number != self._last:
-            await send(None)
+            async with asyncio.timeout(PATIENCE):
+                await send(Event(id=self._dropped, time=time.time(), name="", uuid="", kind=GAP, generation=0))
         while not self._is_closed:
             news = self._news
             for event in [event for event in self._events if event.id > number]:

@@ -67,8 +67,9 @@ async def put_state(request: web.Request) -> web.Response:
 @routes.get("/instance/state-monitor")
 async def monitor_state(request: web.Request) -> web.Response:
     wanted = codec.query(request, v5.InstanceStateMonitorQuery).gen
-    if wanted is None:
-        wanted = (await codec.decode(request, v5.InstanceStateMonitorRequest)).gen
+    if wanted is None or request.body_exists:  # a wrong body is told of, also where the query counts
+        given = await codec.decode(request, v5.InstanceStateMonitorRequest)
+        wanted = given.gen if wanted is None else wanted
     here = slot(request)
     async with here.until_shutdown():
         record = await here.vm.lifecycle.wait_for(wanted)

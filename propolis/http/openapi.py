@@ -25,6 +25,7 @@ Schema = dict[str, Any]
 
 _REF = "#/components/schemas/{name}"
 _UPGRADE = 101
+EVENT_STREAM = "text/event-stream"
 _NAMES: dict[str, Any] = {  # unions and others that have a name in 5.0.0
     "Chipset": v5.Chipset,
     "Component": v5.Component,
@@ -126,7 +127,7 @@ VM_OPERATIONS = (
     Operation(
         "get", "/instance/events", "instance_events",
         "What happens to the VM, as server-sent events, or by websocket; Last-Event-ID or ?after= goes on",
-        query=ours.EventsRequest, status=200, reply=Event, content_type="text/event-stream",
+        query=ours.EventsRequest, status=200, reply=Event, content_type=EVENT_STREAM,
     ),
     Operation(
         "get", "/instance/log", "instance_log", "The VM's log", query=ours.LogRequest, status=200,
@@ -183,7 +184,7 @@ def daemon_operations() -> tuple[Operation, ...]:
         Operation(
             "get", "/events", "events",
             "What happens to all VMs, as server-sent events, or by websocket; Last-Event-ID or ?after= goes on",
-            query=ours.EventsRequest, status=200, reply=Event, content_type="text/event-stream",
+            query=ours.EventsRequest, status=200, reply=Event, content_type=EVENT_STREAM,
         ),
         Operation(
             "get", "/doctor", "doctor", "What this host lacks for VMs, and how to mend it", status=200,
@@ -253,10 +254,19 @@ def _operation(operation: Operation) -> Schema:
         found["requestBody"] = {"required": not operation.is_body_optional, "content": content}
     reply: Schema = {"description": "the protocol becomes websocket" if operation.status == _UPGRADE else "done"}
     if operation.reply is not None:
-        reply["content"] = {operation.content_type: {"schema": _ref(operation.reply)}}
+        schema = _ref(operation.reply)
+        is_stream = operation.content_type == EVENT_STREAM
+        reply["content"] = {operation.content_type: {"schema": _server_sent(schema) if is_stream else schema}}
     error = {"$ref": "#/components/responses/Error"}
     found["responses"] = {str(operation.status): reply, "4XX": error, "5XX": error}
     return found
+
+
+def _server_sent(schema: Schema) -> Schema:
+    """One event of a stream, as OpenAPI 3.2 describes them: a field of text each, with JSON in `data`."""
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+    fields = {"id": {"type": "string"}, "event": {"type": "string"}, "data": data}
+    return {"type": "object", "properties": fields, "required": ["event", "data"]}
 
 
 def _path_schema(name: str) -> Schema:

@@ -21,12 +21,6 @@ class EventsRequest(v5.Wire, frozen=True):
     after: v5.U64 | None = None
 
 
-class Gap(v5.Reply, frozen=True):
-    """Takes the place of events that are no longer kept."""
-
-    kind: str = "gap"
-
-
 class LogRequest(v5.Wire, frozen=True):
     """A query: the latest bytes, or those from an offset on."""
 

@@ -232,8 +232,9 @@ class Router:
         """A poll goes to the worker; it outlives that worker, and is answered here when there is no other."""
         instance = self._instance(request)
         wanted = codec.query(request, v5.InstanceStateMonitorQuery).gen
-        if wanted is None:
-            wanted = (await codec.decode(request, v5.InstanceStateMonitorRequest)).gen
+        if wanted is None or request.body_exists:  # a wrong body is told of, also where the query counts
+            given = await codec.decode(request, v5.InstanceStateMonitorRequest)
+            wanted = given.gen if wanted is None else wanted
         while True:
             record = instance.record
             if record.generation >= wanted:

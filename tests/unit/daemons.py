@@ -200,10 +200,13 @@ class Server:
 
 
 @asynccontextmanager
-async def server(folder: Path, *arguments: str, config: str = "", is_started: bool = True) -> AsyncIterator[Server]:
-    """A daemon, with all of its VMs gone at the end."""
+async def server(
+    folder: Path, *arguments: str, config: str = "", port: int | None = None, is_started: bool = True
+) -> AsyncIterator[Server]:
+    """A daemon, with all of its VMs gone at the end. It listens on a port as well where there is one."""
+    listen = ["unix:api"] if port is None else ["unix:api", f"127.0.0.1:{port}"]
     (folder / "server.toml").write_text(
-        f'{config}\n[server]\nlisten = "unix:api"\nstate_directory = "state"\nrun_directory = "run"\n'
+        f'{config}\n[server]\nlisten = {listen}\nstate_directory = "state"\nrun_directory = "run"\n'
     )
     timeout = aiohttp.ClientTimeout(total=TIMEOUT)
     connector = aiohttp.UnixConnector(str(folder / "api"), force_close=True)

@@ -277,6 +277,14 @@ async def test_events_go_on_where_they_were(tmp_path: Path) -> None:
         assert event.state == "Stopped"
 
 
+async def test_events_that_are_lost_are_told(tmp_path: Path) -> None:
+    async with one_vm(tmp_path) as served, client_of(served) as client:
+        for _ in range(2000):
+            served.vm.events.add("x", 0)
+        async with contextlib.aclosing(client.events("web", after=1)) as events:
+            assert [(await anext(events)).kind for _ in range(3)] == ["gap", "x", "x"]
+
+
 async def test_the_log_and_what_is_added_to_it(tmp_path: Path) -> None:
     from propolis.console.history import ConsoleHistory
 

@@ -9,12 +9,13 @@ import msgspec
 import pytest
 from aiohttp import WSMsgType
 
+from propolis.event_log import Event
 from propolis.http import events
 from propolis.http.slot import SLOT
 from propolis.lifecycle import GuestEvent, Request
 from tests.unit.http.serving import TIMEOUT, URL, UUID, Served, one_vm
 
-Event = dict[str, Any]
+Fields = dict[str, Any]
 
 
 class Stream:
@@ -24,16 +25,15 @@ class Stream:
         self.reply = reply
         self.comments = 0
 
-    async def next(self) -> Event | None:
+    async def next(self) -> Fields | None:
         """The next event; None at the end."""
         fields: dict[str, str] = {}
         async with asyncio.timeout(TIMEOUT):
             while line := (await self.reply.content.readline()).decode():
                 if line == "\n" and fields:
-                    data: Event = msgspec.json.decode(fields["data"])
-                    if data:
-                        assert (fields["id"], fields["event"]) == (str(data["id"]), data["kind"])
-                    return data or {"kind": fields["event"]}
+                    data: Fields = msgspec.json.decode(fields["data"])
+                    assert (fields["id"], fields["event"]) == (str(data["id"]), data["kind"])
+                    return data
                 if line.startswith(":"):
                     self.comments += 1
                 elif line != "\n":
@@ -93,6 +93,9 @@ async def test_events_that_are_lost_are_told(tmp_path: Path) -> None:
         stream = await watch(served, "?after=1")
         assert await stream.kinds(3) == ["gap", "x", "x"]
         stream.reply.close()
+        async with served.client.ws_connect(URL + "/instance/events?after=1") as socket:
+            gap, first = [msgspec.json.decode(await socket.receive_str(), type=Event) for _ in range(2)]
+        assert (gap.kind, gap.id, gap.name) == ("gap", first.id - 1, "web")
 
 
 @pytest.mark.parametrize("query", ["?after=x", "?after=-1", "?since=1", "?after=1&after=2"])

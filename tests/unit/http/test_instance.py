@@ -282,6 +282,14 @@ def is_waited_for(served: Served) -> bool:
     return bool(served.vm.lifecycle._changed._waiters)
 
 
+async def test_a_poll_with_a_wrong_body_beside_its_query(tmp_path: Path) -> None:
+    async with one_vm(tmp_path) as served:
+        answer = await served.ask("GET", "/instance/state-monitor?gen=0", {"gen": "soon"})
+        is_error(answer, 400, "field")
+        assert answer.body["pointer"] == "/gen"
+        assert (await served.ask("GET", "/instance/state-monitor?gen=0", {"gen": 9})).body["gen"] == 0
+
+
 async def test_a_poll_for_nothing(tmp_path: Path) -> None:
     async with one_vm(tmp_path) as served:
         is_error(await served.get("/instance/state-monitor"), 400, "InvalidBody")
