@@ -23,6 +23,11 @@ class GapError(PropolisError):
         self.resumes_at = resumes_at
 
 
+def gap_note(lost: int) -> bytes:
+    """What a terminal shows in the place of so many bytes."""
+    return f"\r\n[{lost} bytes of console output are no longer kept]\r\n".encode()
+
+
 class HistoryReader:
     """The first and the last `kept_bytes` of what was printed; together they are without a gap until both are full.
 

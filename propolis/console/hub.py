@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Protocol
 
-from propolis.console.history import READ_BYTES, ConsoleHistory, GapError
+from propolis.console.history import READ_BYTES, ConsoleHistory, GapError, gap_note
 from propolis.errors import StateError
 
 if TYPE_CHECKING:
@@ -234,8 +234,7 @@ class Client:
                     self._offset = gap.resumes_at
                     self._on_gap(gap.resumes_at)
                     continue
-                lost = gap.resumes_at - self._offset
-                data, after = f"\r\n[{lost} bytes of console output are no longer kept]\r\n".encode(), gap.resumes_at
+                data, after = gap_note(gap.resumes_at - self._offset), gap.resumes_at
             self._offset = after
             budget -= len(data)
             self.sink.write(data)

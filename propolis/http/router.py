@@ -17,6 +17,7 @@ import msgspec
 from aiohttp import web
 
 from propolis import __version__, standalone_config
+from propolis.console.history import ConsoleHistory
 from propolis.errors import (
     BackendError,
     ConfigError,
@@ -28,7 +29,7 @@ from propolis.errors import (
     StateError,
     UnreachableGenerationError,
 )
-from propolis.http import codec, errors, openapi, ours, v5
+from propolis.http import codec, errors, openapi, ours, serial, v5
 from propolis.http.access import ACCESS, Access
 from propolis.http.daemon_types import (
     DeleteQuery,
@@ -101,6 +102,7 @@ class Router:
                 web.delete(one, self._whole(self._delete)),
                 web.get(one + "/spec", self._get_spec),
                 web.get(one + "/state-monitor", self._monitor_state),
+                web.get(one + "/serial", self._get_serial),
                 web.get(one + "/serial/history", self._get_history),
                 web.get(one + "/log", self._get_log),
                 web.get(one + "/migration-status", self._get_migration_status),
@@ -282,6 +284,22 @@ class Router:
         with instance.directory.history() as history:
             data, end = history.read(from_start=wanted.from_start, most_recent=wanted.most_recent, max_bytes=size)
         return codec.encode(v5.InstanceSerialConsoleHistoryResponse(data=tuple(data), last_byte_offset=end))
+
+    async def _get_serial(self, request: web.Request) -> web.StreamResponse:
+        """What a VM that nothing runs has printed can be watched to its end."""
+        instance = self._instance(request)
+        if instance.is_live:
+            try:
+                return await self._forward(request)
+            except StateError:  # it has ended meanwhile
+                instance = self._instance(request)
+        wanted = codec.query(request, v5.InstanceSerialConsoleStreamRequest)
+        if wanted.com != 1:
+            raise NotFoundError(f"nothing is kept of COM{wanted.com} of a VM that does not run")
+        if instance.directory is None:
+            return await serial.stream_past(request, wanted, ConsoleHistory(1))
+        with instance.directory.history() as history:
+            return await serial.stream_past(request, wanted, history)
 
     async def _get_log(self, request: web.Request) -> web.StreamResponse:
         instance = self._instance(request)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 import msgspec
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from propolis.console.history import READ_BYTES, GapError
+from propolis.console.history import READ_BYTES, GapError, gap_note
 from propolis.errors import FieldError, StateError
 from propolis.http import codec, v5
 from propolis.http.slot import ShutdownError, slot
 from propolis.http.websocket_close import CLOSE_PATIENCE, close
 
 if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
     from propolis.console.hub import Client, ConsoleHub
+    from propolis.http.slot import HistoryReader
 
 routes = web.RouteTableDef()
 
@@ -23,6 +27,7 @@ OFFSET = "propolis-console-offset"  # header of the reply: the absolute offset o
 MAX_HISTORY_BYTES = 2 << 20  # of one reply: all that is ever kept
 MAX_MESSAGE = 65536  # bytes of one message from a client
 SEND_BYTES = 65536  # bytes that wait for a client before the console is told to hold on
+PATIENCE = 30.0  # seconds for a client to take what is sent
 
 
 @routes.get("/instance/serial/history")
@@ -41,12 +46,27 @@ async def stream(request: web.Request) -> web.StreamResponse:
     wanted = codec.query(request, v5.InstanceSerialConsoleStreamRequest)
     here = slot(request)
     hub = here.active.hub(wanted.com)
-    console = _Console(hub, _start(hub, wanted), has_notices=wanted.control, patience=here.console_patience)
+    start = _start(hub.history, wanted)
+    console = _Console(hub, hub.history, start, has_notices=wanted.control, patience=here.console_patience)
+    return await _serve(request, console, here.until_shutdown())
+
+
+async def stream_past(
+    request: web.Request, wanted: v5.InstanceSerialConsoleStreamRequest, history: HistoryReader
+) -> web.StreamResponse:
+    """The console of a VM that nothing runs: what is kept of it, and the end."""
+    console = _Console(None, history, _start(history, wanted), has_notices=wanted.control, patience=PATIENCE)
+    return await _serve(request, console, contextlib.nullcontext())
+
+
+async def _serve(
+    request: web.Request, console: _Console, until_shutdown: AbstractAsyncContextManager[None]
+) -> web.StreamResponse:
     socket = web.WebSocketResponse(timeout=CLOSE_PATIENCE, max_msg_size=MAX_MESSAGE, compress=False)
     socket.headers[OFFSET] = str(console.offset)
     try:
         await socket.prepare(request)
-        async with here.until_shutdown():
+        async with until_shutdown:
             await console.run(socket)
         code, reason = console.farewell
     except ShutdownError:
@@ -57,9 +77,8 @@ async def stream(request: web.Request) -> web.StreamResponse:
     return socket
 
 
-def _start(hub: ConsoleHub, wanted: v5.InstanceSerialConsoleStreamRequest) -> int:
+def _start(history: HistoryReader, wanted: v5.InstanceSerialConsoleStreamRequest) -> int:
     """The offset of the first byte to be sent: what follows, unless one of the two says otherwise. Raises GapError."""
-    history = hub.history
     if (wanted.from_start is None) == (wanted.most_recent is None):
         return history.total_bytes
     if wanted.from_start is not None:
@@ -70,9 +89,11 @@ def _start(hub: ConsoleHub, wanted: v5.InstanceSerialConsoleStreamRequest) -> in
 
 
 class _Console:
-    """One client: a sink of the hub, whose output waits here until the connection takes it."""
+    """One client: a sink of the hub, if there is one yet, whose output waits here until the connection takes it."""
 
-    def __init__(self, hub: ConsoleHub, start: int, *, has_notices: bool, patience: float) -> None:
+    def __init__(
+        self, hub: ConsoleHub | None, history: HistoryReader, start: int, *, has_notices: bool, patience: float
+    ) -> None:
         self.farewell: tuple[int, str] = (WSCloseCode.GOING_AWAY, "VM stopped")
         self.offset = start
         self._waiting: list[bytes | str] = []  # str: a notice
@@ -83,21 +104,25 @@ class _Console:
         self._may_type.set()
         self._patience = patience
         self._client: Client | None = None
-        try:
-            self._client = hub.attach(self, start, on_gap=self._note_gap if has_notices else None)
-        except StateError:  # the VM is over: what it printed is there all the same
-            self._read_rest(hub, start)
+        if hub is not None:
+            with contextlib.suppress(StateError):  # the VM is over
+                self._client = hub.attach(self, start, on_gap=self._note_gap if has_notices else None)
+        if self._client is None:  # what was printed is there all the same
+            self._read_rest(history, start, has_notices=has_notices)
             self.close()
 
-    def _read_rest(self, hub: ConsoleHub, offset: int) -> None:
-        while offset < hub.history.total_bytes:
+    def _read_rest(self, history: HistoryReader, offset: int, *, has_notices: bool) -> None:
+        while offset < history.total_bytes:
             try:
-                data, offset = hub.history.read(from_start=offset)
+                data, offset = history.read(from_start=offset)
             except GapError as gap:
-                self._note_gap(gap.resumes_at)
+                if has_notices:
+                    self._note_gap(gap.resumes_at)
+                else:
+                    self.write(gap_note(gap.resumes_at - offset))
                 offset = gap.resumes_at
             else:
-                self._waiting.append(data)
+                self.write(data)
 
     # -- as the hub sees it --------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """The daemon's routes under clients that mean it no good, and websockets and replies that pass through it."""
 
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -159,11 +160,39 @@ async def test_a_console_passes_through(tmp_path: Path) -> None:
             message = await console.receive(TIMEOUT)
             assert (message.type, message.data, message.extra) == (aiohttp.WSMsgType.CLOSE, 1001, "VM stopped")
         with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
-            await one.session.ws_connect(url)
-        assert caught.value.status == 409
-        with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
             await one.session.ws_connect("http://daemon/instances/none/serial")
         assert caught.value.status == 404
+
+
+async def heard(one: Server, query: str) -> tuple[int, bytes, Any]:
+    """Where a console begins, what is on it to its end, and the end."""
+    async with one.session.ws_connect(f"http://daemon/instances/web/serial{query}") as console:
+        data = b""
+        while (message := await console.receive(TIMEOUT)).type is aiohttp.WSMsgType.BINARY:
+            data += message.data
+        start = int(console._response.headers["propolis-console-offset"])
+        return start, data, (message.type, message.data, message.extra)
+
+
+async def test_the_last_words_of_a_dead_vm(tmp_path: Path) -> None:
+    """They are on its console, which then ends as that of any VM that has stopped, for readers too."""
+    end = (aiohttp.WSMsgType.CLOSE, 1001, "VM stopped")
+    async with server(tmp_path) as one:
+        await one.create("web")
+        await one.run()
+        os.kill(one.worker("web"), signal.SIGKILL)
+        await one.until("web", "Failed")
+        assert await heard(one, "?from_start=0") == (0, b"", end)
+        with one.directory("web") as directory, contextlib.closing(directory.map_history()) as history:
+            history.append(b"Kernel panic")  # as the worker does
+        assert await heard(one, "?from_start=7") == (7, b"panic", end)
+        assert await heard(one, "?most_recent=5") == (7, b"panic", end)
+        assert await heard(one, "") == (12, b"", end)
+        for query, status in (("?com=2", 404), ("?from_start=x", 400)):
+            with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+                await heard(one, query)
+            assert caught.value.status == status
+        assert (await one.ask("GET", "/instances/web/serial")).status == 400  # no websocket
 
 
 async def consoles(one: Server, is_wanted: Any) -> dict[str, int]:
