@@ -159,6 +159,7 @@ def _spec_fields(spec: v5.InstanceSpecStatus) -> list[tuple[str, str]]:
     boot = None if more is None else more.boot
     if isinstance(boot, v5.FirmwareBoot):
         fields.append(("bootrom", boot.bootrom))
+        fields += [("nvram", boot.nvram)] if boot.nvram else []
     if boot is not None:
         named = (("kernel", boot.kernel), ("initrd", boot.initrd), ("cmdline", boot.cmdline))
         fields += [(name, value) for name, value in named if value]

@@ -30,6 +30,8 @@ cdef class Vm:
     cdef int route_msi(self, int32_t gsi, uint64_t address, uint32_t data) noexcept nogil
     cdef void unroute_msi(self, int32_t gsi) noexcept nogil   # its irqfd is unassigned already
     cdef int assign_irqfd(self, int fd, int32_t gsi, bint assign) noexcept nogil
+    # Whether the guest reads the memory region at `gpa` without an exit; otherwise all its accesses go to the bus.
+    cdef int show_memory(self, uint64_t gpa, bint shown) noexcept nogil
 
 cdef enum ExitKind:
     EXIT_INTERRUPTED = 0     # kicked, and nothing is pending inside the hypervisor: state may be read

@@ -11,7 +11,7 @@ from propolis.errors import BackendError, BusyError, ImageError
 FLOCK = "hhqqi4x"  # struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length, pid
 
 
-def open_image(path: str, *, read_only: bool = False) -> int:
+def open_image(path: str, *, read_only: bool = False, what: str = "disk") -> int:
     """An open descriptor with a lock: exclusive for writing, shared for reading.
 
     Raises BusyError naming the holder, ImageError when there is no such image, BackendError when it cannot be opened.
@@ -22,26 +22,26 @@ def open_image(path: str, *, read_only: bool = False) -> int:
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         kind = ImageError if error.errno in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR) else BackendError
-        raise kind(f"open disk {path!r}: {error.strerror}") from error
+        raise kind(f"open {what} {path!r}: {error.strerror}") from error
     try:
         os.set_blocking(fd, True)
-        lock_image(fd, path, exclusive=not read_only)
+        lock_image(fd, f"{what} {path!r}", exclusive=not read_only)
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-def lock_image(fd: int, path: str, *, exclusive: bool) -> None:
+def lock_image(fd: int, name: str, *, exclusive: bool) -> None:
     """Takes an open file description lock on the whole file. Raises BusyError naming who holds it."""
     request = struct.pack(FLOCK, fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise BackendError(f"lock disk {path!r}: {error.strerror}") from error
+            raise BackendError(f"lock {name}: {error.strerror}") from error
         wanted = "writing" if exclusive else "reading"
-        raise BusyError(f"disk {path!r} for {wanted}: in use by {holder(fd)}") from error
+        raise BusyError(f"{name} for {wanted}: in use by {holder(fd)}") from error
 
 
 def holder(fd: int) -> str:

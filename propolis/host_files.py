@@ -7,12 +7,13 @@ import functools
 import os
 
 from propolis.errors import ConfigError, ForbiddenError
-from propolis.spec import CLOUD_INIT_VOLUME_BYTES, BlobBlock, CloudInit, Spec, boot_files
+from propolis.spec import CLOUD_INIT_VOLUME_BYTES, NVRAM_MAX_BYTES, BlobBlock, CloudInit, FirmwareBoot, Spec, boot_files
 
 
 def paths_of(spec: Spec) -> list[str]:
     """The files that a VM needs."""
-    return [*boot_files(spec.boot), *(file.path for file in spec.files())]
+    nvram = [spec.boot.nvram, spec.boot.nvram_template] if isinstance(spec.boot, FirmwareBoot) else []
+    return [*boot_files(spec.boot), *filter(None, nvram), *(file.path for file in spec.files())]
 
 
 def check_paths(spec: Spec, allowed: tuple[str, ...] | None) -> None:
@@ -30,6 +31,8 @@ def largest_file(spec: Spec) -> int:
     Disks that are devices have their size by nature. What is not there is missed by whoever opens it.
     """
     sizes = [0 if spec.memory_backing == "anonymous" else spec.memory_mib << 20]
+    if isinstance(spec.boot, FirmwareBoot) and spec.boot.nvram is not None:
+        sizes.append(NVRAM_MAX_BYTES)
     for backend in spec.backends.values():
         if isinstance(backend, BlobBlock):
             sizes.append(len(backend.content))

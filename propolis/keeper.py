@@ -9,6 +9,7 @@ from io import FileIO
 
 from propolis.disk_image import open_image
 from propolis.errors import HypervisorError, ImageError
+from propolis.nvram_file import open_nvram
 
 
 def _reason(error: OSError) -> str:
@@ -52,3 +53,10 @@ class LocalKeeper:
         Raises BusyError naming who holds it, ImageError where there is none, BackendError where it cannot be opened.
         """
         return open_image(path, read_only=read_only)
+
+    def open_nvram(self, path: str, template: str | None) -> int:
+        """A locked descriptor of the file of a VM's firmware variables, which the caller closes.
+
+        Raises BusyError naming who holds it, ImageError where there is none to be had, BackendError.
+        """
+        return open_nvram(path, template)

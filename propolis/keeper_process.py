@@ -32,6 +32,7 @@ from propolis.keeper_protocol import (
     OpenDisk,
     OpenHypervisor,
     OpenImage,
+    OpenNvram,
     Ready,
     Start,
     Started,
@@ -39,7 +40,7 @@ from propolis.keeper_protocol import (
 )
 from propolis.processes import Process
 from propolis.run_directory import MAX_WORDS, ExitRecord, RunDirectory
-from propolis.spec import Spec, boot_files
+from propolis.spec import FirmwareBoot, Spec, boot_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -222,10 +223,11 @@ class Opener:
     def __init__(self, spec: Spec) -> None:
         self._local = LocalKeeper()
         self._images = set(boot_files(spec.boot))
+        self._firmware = spec.boot if isinstance(spec.boot, FirmwareBoot) else None
         self._disks = {file.path for file in spec.files()}
         self._writable = {file.path for file in spec.files() if not file.readonly}
 
-    def open(self, message: OpenHypervisor | OpenImage | OpenDisk) -> int:
+    def open(self, message: OpenHypervisor | OpenImage | OpenDisk | OpenNvram) -> int:
         """A descriptor. Raises PropolisError."""
         match message:
             case OpenHypervisor():
@@ -239,6 +241,10 @@ class Opener:
                 if path not in (self._disks if read_only else self._writable):
                     raise ImageError(f"open disk {path!r}: the VM's spec does not name it so")
                 return self._local.open_disk(path, read_only=read_only)
+            case OpenNvram():
+                if self._firmware is None or self._firmware.nvram is None:
+                    raise ImageError("open nvram: the VM's spec has none")
+                return self._local.open_nvram(self._firmware.nvram, self._firmware.nvram_template)
 
 
 class _Worker(NamedTuple):

@@ -44,6 +44,10 @@ class OpenDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True
     read_only: bool
 
 
+class OpenNvram(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Asks for the file of the firmware's variables."""
+
+
 class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """The VM is made and its socket is served. Not answered."""
 
@@ -55,7 +59,7 @@ class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     message: str
 
 
-Message = OpenHypervisor | OpenImage | OpenDisk | Ready | Failed
+Message = OpenHypervisor | OpenImage | OpenDisk | OpenNvram | Ready | Failed
 
 
 class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -139,6 +143,10 @@ class RemoteKeeper:
     def open_disk(self, path: str, *, read_only: bool) -> int:
         """A locked descriptor, which the caller closes. Raises BusyError, ImageError or BackendError."""
         return self._open(OpenDisk(path, read_only), f"disk '{path}'")
+
+    def open_nvram(self, path: str, template: str | None) -> int:
+        """A locked descriptor, which the caller closes. Raises BusyError, ImageError or BackendError."""
+        return self._open(OpenNvram(), f"nvram '{path}'")
 
     def report_ready(self) -> None:
         """The VM is made and its socket is served."""

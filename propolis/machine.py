@@ -17,11 +17,12 @@ from propolis import __version__, offer, threads
 from propolis import spec as model
 from propolis.board import Board
 from propolis.devices.fw_cfg import FirmwareConfig
+from propolis.devices.pflash import ParallelFlash
 from propolis.devices.power import PowerEvent
 from propolis.devices.ramfb import FILE as RAMFB_FILE
 from propolis.devices.ramfb import SIZE as RAMFB_BYTES
 from propolis.errors import HypervisorError, PauseError
-from propolis.firmware import acpi, boot, layout, smbios
+from propolis.firmware import acpi, boot, layout, nvram, smbios
 from propolis.firmware.boot_order import boot_order
 from propolis.firmware.bootrom import load as load_bootrom
 from propolis.hypervisor import create_vcpu, hyperv, open_vm
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from io import FileIO
 
+    from propolis._vmm import Vm
     from propolis.devices.device import Device
     from propolis.firmware.board import Board as TableBoard
     from propolis.hypervisor import MachineVcpu
@@ -58,6 +60,7 @@ class Keeper(Protocol):
     def open_hypervisor(self) -> int: ...
     def open_image(self, path: str, what: str) -> FileIO: ...
     def open_disk(self, path: str, *, read_only: bool) -> int: ...
+    def open_nvram(self, path: str, template: str | None) -> int: ...
 
 
 class Machine:
@@ -107,8 +110,11 @@ class Machine:
             raise HypervisorError(f"{spec.cpus} CPUs: this host's hypervisor gives a VM {self.vm.max_vcpus()}")
         for ram in layout.ram_ranges(memory_size):
             self.vm.memory.add(ram.base, ram.size, spec.memory_backing)
-        if bootrom is not None:
-            load_bootrom(self.vm.memory, bootrom)
+        flash = None
+        if isinstance(spec.boot, model.FirmwareBoot):
+            assert bootrom is not None
+            rom = load_bootrom(self.vm.memory, bootrom)
+            flash = _flash(self.vm, keeper, spec.boot, rom.base, undo)
         self.vm.map_memory()
         leaves, deadline_timer = self.vm.supported_cpuid(), self.vm.has_deadline_timer()
         if spec.cpuid is not None:
@@ -125,6 +131,8 @@ class Machine:
         windows = place(memory_size, _physical_bits(self.cpuid))
         self.board = Board(self.vm, spec, keeper, windows, self._on_power, undo)
         self.devices: list[Device] = self.board.devices
+        if flash is not None:
+            self.devices.append(flash)
         tables = self.board.tables()
         if bootrom is None:
             built = acpi.build(tables)
@@ -361,6 +369,16 @@ def _entries(profile: model.CpuidProfile) -> list[Entry]:
         Entry(e.leaf, e.subleaf or 0, 0 if e.subleaf is None else SIGNIFICANT_INDEX, e.eax, e.ebx, e.ecx, e.edx)
         for e in profile.leaves
     ]
+
+
+def _flash(vm: Vm, keeper: Keeper, spec: model.FirmwareBoot, end: int, undo: ExitStack) -> ParallelFlash | None:
+    """The flash below the bootrom, if there is one."""
+    if spec.nvram is None:
+        return None
+    fd = keeper.open_nvram(spec.nvram, spec.nvram_template)
+    undo.callback(os.close, fd)
+    place = nvram.load(vm.memory, fd, spec.nvram, end)
+    return ParallelFlash(vm, place.base, place.size, fd, spec.nvram)
 
 
 def _physical_bits(cpuid: list[Entry]) -> int:

@@ -25,6 +25,7 @@ MAX_BLOCK_WORKERS = 32
 BLOCK_WORKERS = 8
 SERIAL_BYTES = 20  # VIRTIO_BLK_ID_BYTES, virtio 1.2 §5.2.6
 MAX_NAME = 64
+NVRAM_MAX_BYTES = 4 << 20
 MAX_CMDLINE = 65535
 MAX_SMBIOS_TEXT = 64
 MAX_CPUID_LEAVES = 128
@@ -109,9 +110,14 @@ class DirectBoot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class FirmwareBoot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="firmware"):
-    """Start firmware from the top of the address space and let it find a system, or start the kernel it is offered."""
+    """Start firmware from the top of the address space and let it find a system, or start the kernel it is offered.
+
+    It keeps its variables in the file `nvram`, which is made from `nvram_template` where it is missing.
+    """
 
     bootrom: str
+    nvram: str | None = None
+    nvram_template: str | None = None
     kernel: str | None = None
     initrd: str | None = None
     cmdline: str = ""
@@ -307,6 +313,11 @@ def _board_problems(spec: Spec) -> Iterator[Problem]:
 def _boot_problems(boot: Boot) -> Iterator[Problem]:
     if isinstance(boot, FirmwareBoot):
         yield from _path_problems(("boot", "bootrom"), boot.bootrom)
+        for key, path in (("nvram", boot.nvram), ("nvram_template", boot.nvram_template)):
+            if path is not None:
+                yield from _path_problems(("boot", key), path)
+        if boot.nvram is None and boot.nvram_template is not None:
+            yield Problem(("boot", "nvram_template"), "expected a nvram beside it")
         if boot.kernel is None:
             for key, value in (("initrd", boot.initrd), ("cmdline", boot.cmdline)):
                 if value:

@@ -28,7 +28,7 @@ from propolis.keeper import LocalKeeper
 from propolis.lifecycle import GuestEvent, Lifecycle, Record, Request, State
 from propolis.machine import Machine
 from propolis.names import NameLock
-from propolis.spec import DirectBoot
+from propolis.spec import FirmwareBoot
 from propolis.unix_name import UnixName
 
 if TYPE_CHECKING:
@@ -153,10 +153,11 @@ def _look(spec: Spec, keeper: LocalKeeper) -> None:
     Disks are left out, as that VM may have them locked.
     """
     os.close(keeper.open_hypervisor())
-    if isinstance(spec.boot, DirectBoot):
-        keeper.open_image(spec.boot.kernel, "kernel").close()
-        if spec.boot.initrd is not None:
-            keeper.open_image(spec.boot.initrd, "initrd").close()
+    boot = spec.boot
+    bootrom = boot.bootrom if isinstance(boot, FirmwareBoot) else None
+    for path, what in ((bootrom, "bootrom"), (boot.kernel, "kernel"), (boot.initrd, "initrd")):
+        if path is not None:
+            keeper.open_image(path, what).close()
 
 
 class Standalone:

@@ -51,6 +51,7 @@ KVM_OF_VCPU_THREADS = (
     0x4008_AE6A,  # SET_GSI_ROUTING
     0x4008_AE61,  # IRQ_LINE
     0x4020_AEA5,  # SIGNAL_MSI
+    0x4020_AE46,  # SET_USER_MEMORY_REGION
 )
 KVM_OF_THE_LOOP = (
     0xAE00,  # GET_API_VERSION
@@ -60,7 +61,6 @@ KVM_OF_THE_LOOP = (
     0xAE04,  # GET_VCPU_MMAP_SIZE
     0xC008_AE05,  # GET_SUPPORTED_CPUID
     0xAE41,  # CREATE_VCPU
-    0x4020_AE46,  # SET_USER_MEMORY_REGION
     0xAE47,  # SET_TSS_ADDR
     0x4008_AE48,  # SET_IDENTITY_MAP_ADDR
     0xAE60,  # CREATE_IRQCHIP
@@ -221,7 +221,7 @@ _REFUSED: dict[str, tuple[int, tuple[Rule, ...]]] = {
 _ALLOWED: dict[str, tuple[str, dict[str, tuple[Rule, ...]]]] = {
     "worker": (_OF_ALL + _OF_THE_LOOP, _CHECKED_OF_ALL | _CHECKED_OF_THE_LOOP),
     "vcpu": (
-        _OF_ALL + "timerfd_settime pread64",
+        _OF_ALL + "timerfd_settime pread64 pwrite64",
         {**_CHECKED_OF_ALL, "ioctl": tuple((Compare(1, request),) for request in KVM_OF_VCPU_THREADS)},
     ),
     "io": (_OF_ALL + "preadv pwritev fdatasync fallocate", _CHECKED_OF_ALL),

@@ -1,4 +1,4 @@
-"""What a VM boots, as TOML has it: the keys `bootrom`, `kernel`, `initrd` and `cmdline` of one table."""
+"""What a VM boots, as TOML has it: keys of one table."""
 
 from __future__ import annotations
 
@@ -19,11 +19,23 @@ def take_boot(table: Table, path: Callable[[object], str]) -> model.Boot | None:
     kernel = table.take("kernel", path, None)
     initrd = table.take("initrd", path, None)
     cmdline = table.take("cmdline", text, "")
+    nvram = table.take("nvram", path, None)
+    template = table.take("nvram_template", path, None)
     if "kernel" not in table:
         for key in ("initrd", "cmdline"):
             if key in table:
                 table.wrong(key, f"{key!r} is given without 'kernel'", is_key=True)
         initrd, cmdline = None, ""
     if "bootrom" in table:
-        return model.FirmwareBoot(bootrom=bootrom or "?", kernel=kernel, initrd=initrd, cmdline=cmdline)
+        return model.FirmwareBoot(
+            bootrom=bootrom or "?",
+            nvram=nvram,
+            nvram_template=template,
+            kernel=kernel,
+            initrd=initrd,
+            cmdline=cmdline,
+        )
+    for key in ("nvram", "nvram_template"):
+        if key in table:
+            table.wrong(key, f"{key!r} is given without 'bootrom'", is_key=True)
     return model.DirectBoot(kernel=kernel or "?", initrd=initrd, cmdline=cmdline) if "kernel" in table else None

@@ -312,9 +312,14 @@ class DirectBoot(Wire, frozen=True, tag_field="type", tag="direct"):
 
 
 class FirmwareBoot(Wire, frozen=True, tag_field="type", tag="firmware"):
-    """Start firmware other than the server's own; it may be offered a kernel to start."""
+    """Start firmware other than the server's own; it may be offered a kernel to start.
+
+    Its variables are kept in the file `nvram`, which is made from `nvram_template` where it is missing.
+    """
 
     bootrom: str
+    nvram: str | None = None
+    nvram_template: str | None = None
     kernel: str | None = None
     initrd: str | None = None
     cmdline: str = ""

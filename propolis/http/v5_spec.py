@@ -274,7 +274,14 @@ class _Reader:
             return model.DirectBoot(kernel=boot.kernel, initrd=boot.initrd, cmdline=boot.cmdline)
         if boot is None:
             return None
-        return model.FirmwareBoot(bootrom=boot.bootrom, kernel=boot.kernel, initrd=boot.initrd, cmdline=boot.cmdline)
+        return model.FirmwareBoot(
+            bootrom=boot.bootrom,
+            nvram=boot.nvram,
+            nvram_template=boot.nvram_template,
+            kernel=boot.kernel,
+            initrd=boot.initrd,
+            cmdline=boot.cmdline,
+        )
 
     def _place(self, where: tuple[str | int, ...]) -> str:
         """Where in the request a field of the Spec came from."""
@@ -408,6 +415,8 @@ class _Writer:
         else:
             boot = v5.FirmwareBoot(
                 bootrom=spec.boot.bootrom,
+                nvram=spec.boot.nvram,
+                nvram_template=spec.boot.nvram_template,
                 kernel=spec.boot.kernel,
                 initrd=spec.boot.initrd,
                 cmdline=spec.boot.cmdline,

@@ -4,13 +4,14 @@ The whole interrupt controller is the kernel's: PICs, I/O APIC, local APICs and 
 """
 
 cimport cython
-from libc.errno cimport EAGAIN, EINTR, ENOSPC, errno
+from libc.errno cimport EAGAIN, EINTR, ENOENT, ENOSPC, errno
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset, strerror
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport close
 
+from propolis._memory cimport ACCESS_WRITE
 from propolis._posix cimport (
     pthread_mutex_destroy,
     pthread_mutex_init,
@@ -161,17 +162,32 @@ cdef class KvmVm(Vm):
 
     def map_memory(self) -> None:
         """Gives the guest every region of `memory`; called once, when all are added."""
-        cdef kvm.kvm_userspace_memory_region slot
+        cdef uint32_t i
+        cdef int result
         for i, (gpa, size, _, read_only, _) in enumerate(self.memory.regions_list()):
             if read_only and self.capability(kvm.KVM_CAP_READONLY_MEM) <= 0:
                 raise HypervisorError("this kernel's KVM lacks: read-only memory")
-            memset(&slot, 0, sizeof(slot))
-            slot.slot = i
-            slot.flags = kvm.KVM_MEM_READONLY if read_only else 0
-            slot.guest_phys_addr = gpa
-            slot.memory_size = size
-            slot.userspace_addr = self.memory.host_address(gpa, size)
-            call(self.fd, kvm.KVM_SET_USER_MEMORY_REGION, &slot, f"map {size:#x} bytes of guest memory at {gpa:#x}")
+            result = self._set_slot(i, True)
+            if result < 0:
+                raise HypervisorError(f"map {size:#x} bytes of guest memory at {gpa:#x}: {strerror(-result).decode()}")
+
+    cdef int _set_slot(self, uint32_t index, bint shown) noexcept nogil:
+        cdef kvm.kvm_userspace_memory_region slot
+        memset(&slot, 0, sizeof(slot))
+        slot.slot = index
+        slot.guest_phys_addr = self.memory.regions[index].gpa
+        if shown:
+            slot.flags = 0 if self.memory.regions[index].access & ACCESS_WRITE else kvm.KVM_MEM_READONLY
+            slot.memory_size = self.memory.regions[index].size
+            slot.userspace_addr = <uint64_t>self.memory.regions[index].host
+        return -errno if kvm.ioctl(self.fd, kvm.KVM_SET_USER_MEMORY_REGION, &slot) < 0 else 0
+
+    cdef int show_memory(self, uint64_t gpa, bint shown) noexcept nogil:
+        cdef uint32_t i
+        for i in range(self.memory.count):
+            if self.memory.regions[i].gpa == gpa:
+                return self._set_slot(i, shown)
+        return -ENOENT
 
     def reset(self) -> None:
         """Interrupt controllers and PIT to their state at power-on; the vCPUs are held."""

@@ -47,6 +47,41 @@ async def test_from_the_reset_vector(tmp_path: Path) -> None:
         assert await vm.exit_status(20 * SLOWER) == 0
 
 
+def keeping_rom() -> bytes:
+    """8 KiB that find the flash below them, erase it, program a letter, and print what they see of each."""
+    flash = "2e c6 06 {:02x} d0 {:02x}"  # mov byte cs:[0xD000 + offset], command
+    show = "2e a0 {:02x} d0 ba f8 03 {} ee"  # mov al, cs:[0xD000 + offset]; print it
+    code = bytes.fromhex(
+        " ".join(
+            (
+                show.format(1, ""),  # what a template left there
+                flash.format(0, 0x50) + flash.format(0, 0x70) + show.format(0, "04 30"),  # status 0: "0"
+                flash.format(0, 0x20) + flash.format(0, 0xD0) + flash.format(0, 0xFF),
+                show.format(1, "2c 80"),  # 0xFF: "\x7f"
+                flash.format(1, 0x10) + flash.format(1, ord("k")) + flash.format(1, 0xFF) + show.format(1, ""),
+                "ba fd 03 ec a8 01 74 fb ba 04 b0 b8 00 20 ef f4 eb fd",  # to S5, once a key was typed
+            )
+        )
+    )
+    image = bytearray(code.ljust(0x2000, b"\xf4"))
+    image[0x1FF0:0x1FF3] = b"\xe9" + (START - 0xFFF3 & 0xFFFF).to_bytes(2, "little")
+    return bytes(image)
+
+
+async def test_what_firmware_keeps(tmp_path: Path) -> None:
+    """The file is made from its template, and a second life finds what the first one left."""
+    (tmp_path / "rom").write_bytes(keeping_rom())
+    (tmp_path / "template").write_bytes(b"t" * 4096)
+    text = CONFIG.format(name=tiny.NAME) + 'nvram = "vm.nvram"\nnvram_template = "template"\n'
+    (tmp_path / "vm.toml").write_text(text)
+    for left in ("t", "k"):
+        async with Guest([*tiny.PROGRAM, "vm.toml"], tmp_path) as vm:
+            await vm.expect(f"{left}0\x7fk", 20 * SLOWER, "what the guest sees of its flash")
+            assert (tmp_path / "vm.nvram").read_bytes() == b"\xffk" + b"\xff" * 4094
+            await vm.send("x")
+            assert await vm.exit_status(20 * SLOWER) == 0
+
+
 def test_a_bootrom_that_cannot_be_one(tmp_path: Path) -> None:
     """One line says which file and why."""
     (tmp_path / "rom").write_bytes(bytes(5000))

@@ -14,17 +14,25 @@ OVMF = Path("/usr/share/OVMF")
 FIRMWARE = 60 * SLOWER  # seconds
 
 
-BOOTROM = f'bootrom = "{OVMF}/OVMF_CODE_4M.fd"'
+BOOTROM = f"""\
+bootrom = "{OVMF}/OVMF_CODE_4M.fd"
+nvram = "vm.nvram"
+nvram_template = "{OVMF}/OVMF_VARS_4M.fd"
+"""
 
 
 async def test_a_kernel_by_fw_cfg(tmp_path: Path) -> None:
-    """BARs and interrupts are as the firmware assigned them, the tables as it linked them."""
+    """BARs and interrupts are as the firmware assigned them, the tables as it linked them; its variables last."""
     async with linux(tmp_path, kernel="vmlinuz", main=BOOTROM) as vm:
         await vm.boot(FIRMWARE)
         await vm.login()
         assert (await vm.run("cat /sys/firmware/efi/fw_platform_size")).check() == "64\n"
         await check_complaints(vm)
         assert await vm.poweroff() == 0
+    kept, template = (path.read_bytes() for path in (tmp_path / "vm.nvram", OVMF / "OVMF_VARS_4M.fd"))
+    assert len(kept) == len(template)
+    assert "BootOrder".encode("utf-16-le") in kept
+    assert "BootOrder".encode("utf-16-le") not in template
 
 
 async def test_four_processors_and_a_reboot(tmp_path: Path, rounds: int) -> None:

@@ -144,7 +144,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "zygote": {"keeper_protocol", "running_vm", "run_directory", "spec", "errors"},
     "zygote_process": {"worker", "keeper_process", "keeper_protocol", "errors"},
-    "keeper": {"disk_image", "config", "errors"},  # opens files, and nothing compiled for it
+    "keeper": {"disk_image", "nvram_file", "config", "errors"},  # opens files, and nothing compiled for it
     "keeper_process": {"keeper", "keeper_protocol", "processes", "run_directory", "spec", "errors"},
     "keeper_protocol": {"spec", "errors"},
     "running_vm": {"run_directory", "processes"},
@@ -154,6 +154,7 @@ ARROWS: dict[str, set[str]] = {
     "mapped_file": {"errors"},
     "processes": set(),
     "disk_image": {"errors"},
+    "nvram_file": {"disk_image", "errors"},
     # deciding
     # handlers see the VM and its lifecycle, never a device
     "http": {
@@ -268,7 +269,7 @@ ARROWS: dict[str, set[str]] = {
     # the machine's parts
     "devices": {"_interrupts", "_vmm", "_memory", "_bus", "_posix", "_atomic", "spec", "backends", "errors"},
     "firmware": {"_memory", "hypervisor.state", "spec", "errors"},
-    "hypervisor": {"hypervisor.state", "_vmm", "_posix", "_atomic", "errors"},
+    "hypervisor": {"hypervisor.state", "_vmm", "_memory", "_posix", "_atomic", "errors"},
     "hypervisor.state": {"errors"},
     "backends": {"_vmm", "_posix", "_atomic", "threads", "errors"},
     "unix_name": {"errors"},

@@ -109,6 +109,6 @@ def test_a_fifo_does_not_block(tmp_path: Path) -> None:
 
 def test_a_descriptor_that_cannot_be_locked(image: Path) -> None:
     fd = os.open(image, os.O_RDONLY)
-    with pytest.raises(BackendError, match=r"lock disk 'x': Bad file descriptor"):
+    with pytest.raises(BackendError, match=r"lock x: Bad file descriptor"):
         lock_image(fd, "x", exclusive=True)
     os.close(fd)

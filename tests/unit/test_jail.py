@@ -729,7 +729,7 @@ def test_the_interpreter_ends_with_busy_threads(jails: Jails) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-class Handed:
+class Handed(LocalKeeper):
     """A keeper's side inside the jail: everything was opened before."""
 
     def __init__(self, kernel: Path, disk: Path) -> None:

@@ -20,6 +20,7 @@ from propolis.lifecycle import State
 from propolis.processes import Process
 from propolis.run_directory import RunDirectory
 from propolis.running_vm import RunningVm, find_running
+from propolis.spec import FirmwareBoot
 from tests.unit.keepers import ended, idle, is_gone, kept, serving, spec, until
 
 
@@ -348,6 +349,36 @@ async def test_it_opens_what_the_spec_names(directory: RunDirectory, tmp_path: P
     assert all(line.endswith("the VM's spec does not name it so") for line in lines[11:14]), lines
     assert lines[14] == "ImageError: open kernel '/kernel': No such file or directory"
     assert (tmp_path / "disk").read_bytes().startswith(b"written")
+
+
+async def test_it_makes_the_file_of_the_firmware_s_variables(directory: RunDirectory, tmp_path: Path) -> None:
+    """Where the spec says, whatever the worker calls it; the template is not the worker's to read."""
+    for name in ("rom", "template"):
+        (tmp_path / name).write_bytes(name.encode())
+    rom, nvram, template = (str(tmp_path / name) for name in ("rom", "nvram", "template"))
+    vm_spec = spec(tmp_path, boot=FirmwareBoot(bootrom=rom, nvram=nvram, nvram_template=template))
+
+    def work(keeper: RemoteKeeper, _ends: Ends) -> None:
+        fd = keeper.open_nvram("/etc/passwd", None)
+        os.pwrite(fd, b"T", 0)
+        lines = [attempt(lambda: keeper.open_image(path, "bootrom").close()) for path in (rom, nvram, template)]
+        os.write(2, "\n".join(line.rpartition(": ")[2] for line in lines).encode())
+        os._exit(0)
+
+    with kept(directory, vm_spec, serving(work)) as one:
+        record = await ended(one.introduced())
+    assert (tmp_path / "nvram").read_bytes() == b"Template"
+    assert record.stderr.splitlines() == ["done", *["the VM's spec does not name it"] * 2]
+
+
+async def test_there_is_no_file_of_variables_without_firmware(directory: RunDirectory, tmp_path: Path) -> None:
+    def work(keeper: RemoteKeeper, _ends: Ends) -> None:
+        os.write(2, attempt(lambda: keeper.open_nvram("nvram", None)).encode())
+        os._exit(0)
+
+    with kept(directory, spec(tmp_path), serving(work)) as one:
+        record = await ended(one.introduced())
+    assert record.stderr == "ImageError: open nvram: the VM's spec has none"
 
 
 @pytest.mark.parametrize("read_only", [True, False])

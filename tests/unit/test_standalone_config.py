@@ -208,6 +208,8 @@ ONE_WRONG = [
     (MAIN.replace('"vmlinuz"', '""'), "5:10", "kernel: expected the path of a file, not ''"),
     (MAIN.replace('"vmlinuz"', '"a\\u0000"'), "5:10", "kernel: expected the path of a file"),
     (MAIN.replace('kernel = "vmlinuz"', 'bootrom = ""'), "5:11", "bootrom: expected the path of a file, not ''"),
+    (MAIN + 'nvram = "x"', "6:1", "'nvram' is given without 'bootrom'"),
+    (MAIN + 'bootrom = "x"\nnvram_template = "x"', "7:18", "nvram_template: expected a nvram beside it"),
     (MAIN.replace("kernel", "bootrom") + 'initrd = "x"', "6:1", "'initrd' is given without 'kernel'"),
     (MAIN + "initrd = []", "6:10", "initrd: expected a string, not an array"),
     (MAIN + "cmdline = {}", "6:11", "cmdline: expected a string, not a table"),
