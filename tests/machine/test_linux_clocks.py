@@ -1,4 +1,4 @@
-"""The hypervisor interfaces as Linux finds them, and the clock it chooses then."""
+"""The hypervisor interfaces as guests find them, and the clock that Linux chooses then."""
 
 import re
 import time
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.machine import kernels, tiny
 from tests.machine.clocks import check_clocks, clocksource
 from tests.machine.complaints import check_complaints
+from tests.machine.guest import SLOWER
 from tests.machine.linux import TIMEOUT, linux
 
 pytestmark = [pytest.mark.os, pytest.mark.timeout(TIMEOUT)]
@@ -49,3 +51,22 @@ async def test_bhyve_interface(tmp_path: Path) -> None:
         await check_clocks(vm, time.time)
         await check_complaints(vm)
         assert await vm.poweroff() == 0
+
+
+async def test_hyper_v(tmp_path: Path) -> None:
+    """By name, and by an MSR that only it has: a guest without it would triple-fault there."""
+    vp_index = b"\xb9\x02\x00\x00\x40\x0f\x32"  # mov ecx, 0x40000002; rdmsr
+    image = kernels.kernel(
+        kernels.say("[")
+        + kernels.cpuid(0x4000_0000)
+        + kernels.say_registers()
+        + kernels.say("]")
+        + vp_index
+        + kernels.say("has MSRs")
+        + kernels.forever(kernels.on_input(kernels.power_off()))
+    )
+    async with tiny.guest(tmp_path, image, main='hypervisor_interface = "hyper-v"') as vm:
+        match, _ = await vm.expect(r"(?s)\[(.*)\]has MSRs", 20 * SLOWER, "the hypervisor's name")
+        await vm.send("x")
+        assert await vm.exit_status() == 0
+    assert match[1] == "Microsoft Hv"

@@ -403,26 +403,6 @@ async def test_hypervisor_interfaces(tmp_path: Path, interface: str) -> None:
     assert match[1] == name if name is not None else match[1] not in NAMES.values()
 
 
-@pytest.mark.os
-async def test_hyper_v(tmp_path: Path) -> None:
-    """By name, and by an MSR that only it has: a guest without it would triple-fault there."""
-    vp_index = b"\xb9\x02\x00\x00\x40\x0f\x32"  # mov ecx, 0x40000002; rdmsr
-    image = kernels.kernel(
-        kernels.say("[")
-        + kernels.cpuid(0x4000_0000)
-        + kernels.say_registers()
-        + kernels.say("]")
-        + vp_index
-        + kernels.say("has MSRs")
-        + kernels.forever(kernels.on_input(kernels.power_off()))
-    )
-    async with tiny.guest(tmp_path, image, main='hypervisor_interface = "hyper-v"') as vm:
-        match, _ = await vm.expect(r"(?s)\[(.*)\]has MSRs", SOON, "the hypervisor's name")
-        await vm.send("x")
-        assert await vm.exit_status() == 0
-    assert match[1] == "Microsoft Hv"
-
-
 BRAND = range(0x8000_0002, 0x8000_0005)
 
 
