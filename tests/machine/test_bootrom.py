@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.machine import tiny
-from tests.machine.guest import SLOWER, Guest
+from tests.machine.guest import Guest
 
 pytestmark = [pytest.mark.kvm, pytest.mark.program]
 
@@ -42,9 +42,9 @@ async def test_from_the_reset_vector(tmp_path: Path) -> None:
     (tmp_path / "rom").write_bytes(rom())
     (tmp_path / "vm.toml").write_text(CONFIG.format(name=tiny.NAME))
     async with Guest([*tiny.PROGRAM, "vm.toml"], tmp_path) as vm:
-        await vm.expect("a3a3", 20 * SLOWER, "two lives of the guest")
+        await vm.expect("a3a3", 20, "two lives of the guest")
         await vm.send("x")
-        assert await vm.exit_status(20 * SLOWER) == 0
+        assert await vm.exit_status(20) == 0
 
 
 def keeping_rom() -> bytes:
@@ -76,10 +76,10 @@ async def test_what_firmware_keeps(tmp_path: Path) -> None:
     (tmp_path / "vm.toml").write_text(text)
     for left in ("t", "k"):
         async with Guest([*tiny.PROGRAM, "vm.toml"], tmp_path) as vm:
-            await vm.expect(f"{left}0\x7fk", 20 * SLOWER, "what the guest sees of its flash")
+            await vm.expect(f"{left}0\x7fk", 20, "what the guest sees of its flash")
             assert (tmp_path / "vm.nvram").read_bytes() == b"\xffk" + b"\xff" * 4094
             await vm.send("x")
-            assert await vm.exit_status(20 * SLOWER) == 0
+            assert await vm.exit_status(20) == 0
 
 
 def test_a_bootrom_that_cannot_be_one(tmp_path: Path) -> None:
