@@ -17,8 +17,10 @@ SYNC_DELAY = 0.1  # seconds after a command until the file is synced: firmware w
 
 
 class ParallelFlash(Device):
-    """A CFI flash whose array is the `size` bytes of guest memory at `base`. The descriptor stays the caller's, open
-    until after halt()."""
+    """A CFI flash whose array is the `size` bytes of guest memory at `base`.
+
+    The descriptor stays the caller's, open until after halt().
+    """
 
     def __init__(self, vm: "Vm", base: int, size: int, fd: int, path: str) -> None:
         super().__init__("flash")
@@ -26,6 +28,7 @@ class ParallelFlash(Device):
         self._path = path
         self._flash = Flash(vm, vm.mailbox.register(self._on_written), base, size, fd)
         self._timer: asyncio.TimerHandle | None = None
+        self._syncing: asyncio.Task[None] | None = None
         self._failures = 0
         vm.mmio.add(self._flash, base, size)
 
@@ -39,18 +42,22 @@ class ParallelFlash(Device):
 
     def _sync(self) -> None:
         self._timer = None
-        asyncio.get_running_loop().run_in_executor(None, os.fdatasync, self._fd).add_done_callback(self._on_synced)
+        self._syncing = asyncio.ensure_future(self._write_back())
 
-    def _on_synced(self, done: "asyncio.Future[None]") -> None:
-        if not done.cancelled() and (error := done.exception()) is not None:
-            log.error("the guest's variables cannot be kept: path=%s reason=%s", self._path, error)
+    async def _write_back(self) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, os.fdatasync, self._fd)
+        except OSError as error:  # the guest runs on, as on a machine whose flash wears out
+            log.error("the guest's variables cannot be kept: path=%s reason=%s", self._path, error.strerror)  # noqa: TRY400
 
     async def drained(self) -> None:
         """What the guest has written is on the disk."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        await asyncio.get_running_loop().run_in_executor(None, os.fdatasync, self._fd)
+        if self._syncing is not None:
+            await asyncio.wait([self._syncing])
+        await self._write_back()
 
     def reset(self) -> None:
         self._flash.reset()

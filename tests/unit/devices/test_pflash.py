@@ -1,6 +1,7 @@
 """The flash from firmware's side: how it is found, programmed and erased, and what its file then has."""
 
 import asyncio
+import errno
 import os
 import random
 from collections.abc import Iterator
@@ -181,6 +182,26 @@ def test_a_file_that_cannot_be_written(bench: Bench, tmp_path: Path, caplog: pyt
     assert bench.status() & PROGRAM_ERROR
     assert bench.device.stats() == {"failed_writes": 3}
     assert len([record for record in caplog.records if "cannot be kept" in record.getMessage()]) == 1
+
+
+async def test_a_disk_that_fails(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pause and a reboot go on: the log says what is lost, each time."""
+
+    def fail(_fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    bench.erase(0)
+    bench.vm.mailbox.dispatch()
+    async with asyncio.timeout(10):
+        while not caplog.records:  # noqa: ASYNC110 -- a thread fails
+            await asyncio.sleep(0.01)
+    await bench.device.drained()
+    told = [record.getMessage() for record in caplog.records if "cannot be kept" in record.getMessage()]
+    assert len(told) == 2
+    assert all(line.endswith("reason=Input/output error") for line in told)
 
 
 @pytest.mark.parametrize("seed", range(4))
