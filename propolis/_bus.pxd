@@ -6,7 +6,7 @@ loop thread. Each shared field says who writes it.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from propolis._posix cimport pthread_mutex_t
+from propolis._lock cimport Lock
 
 
 cdef class Region:
@@ -47,7 +47,7 @@ cdef class Bus:
     cdef uint32_t reader_count           # under: lock
     cdef Reader own                      # the reader of Python callers; under: GIL
     cdef uint64_t missed                 # accesses nobody answered; relaxed
-    cdef pthread_mutex_t lock
+    cdef Lock lock
     cdef dict owners                     # regions that may be placed; written by: loop
 
     cdef void access(self, Reader *reader, uint64_t address, uint32_t size, bint is_write, uint8_t *data) noexcept nogil

@@ -5,13 +5,8 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from propolis._atomic cimport add64_rlx, fence_seq, ld64_acq, ld64_rlx, ldptr_acq, st64_rel, st64_rlx, stptr_rel
-from propolis._posix cimport (
-    pthread_mutex_destroy,
-    pthread_mutex_init,
-    pthread_mutex_lock,
-    pthread_mutex_unlock,
-    sched_yield,
-)
+from propolis._lock cimport Lock
+from propolis._posix cimport sched_yield
 
 from propolis.errors import HypervisorError
 
@@ -80,14 +75,13 @@ cdef class Bus:
         self.spare = <Table *>calloc(1, sizeof(Table))
         if self.table == NULL or self.spare == NULL:
             raise MemoryError
-        pthread_mutex_init(&self.lock, NULL)
+        self.lock = Lock()
         self.readers[0] = &self.own
         self.reader_count = 1
 
     def __dealloc__(self) -> None:
         free(self.table)
         free(self.spare)
-        pthread_mutex_destroy(&self.lock)
 
     def own_region(self, Region region) -> None:
         """Makes a region known, so that the guest can place it later; the bus keeps it alive."""
@@ -108,7 +102,7 @@ cdef class Bus:
     cdef bint place(self, Region region, uint64_t base, uint64_t length) noexcept nogil:
         cdef uint32_t i
         cdef bint fits = False
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         for i in range(self.wanted.count):
             if self.wanted.at[i].region == <void *>region:
                 break
@@ -124,12 +118,12 @@ cdef class Bus:
             for i in range((<Table *>self.table).count):
                 if (<Table *>self.table).at[i].region == <void *>region:
                     fits = True
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return fits
 
     cdef void remove(self, Region region) noexcept nogil:
         cdef uint32_t i, j
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         for i in range(self.wanted.count):
             if self.wanted.at[i].region == <void *>region:
                 self.wanted.count -= 1
@@ -137,7 +131,7 @@ cdef class Bus:
                     self.wanted.at[j] = self.wanted.at[j + 1]
                 self._publish()
                 break
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     cdef void _publish(self) noexcept nogil:
         """Under the lock: publishes the wanted mappings, older rank first where two overlap."""
@@ -225,9 +219,9 @@ cdef class Bus:
         cdef Table table
         # The lock: a vCPU that moves two BARs would build the next table but one in what we read. Nobody who holds it
         # waits for the GIL.
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         table = (<Table *>self.table)[0]
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return [
             (table.at[i].base, table.at[i].last - table.at[i].base + 1, (<Region>table.at[i].region).name)
             for i in range(table.count)
@@ -240,21 +234,21 @@ cdef class Bus:
         """A vCPU of this machine will read the table."""
         if self.reader_count == MAX_READERS:
             raise HypervisorError(f"{self.name}: more than {MAX_READERS - 1} vCPUs")
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self.readers[self.reader_count] = reader
         self.reader_count += 1
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return 0
 
     cdef void _dismiss(self, Reader *reader) noexcept:
         cdef uint32_t i
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         for i in range(self.reader_count):
             if self.readers[i] == reader:
                 self.reader_count -= 1
                 self.readers[i] = self.readers[self.reader_count]
                 break
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
 
 cdef class Window(Region):

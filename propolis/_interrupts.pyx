@@ -7,15 +7,7 @@ from libc.string cimport strerror
 from posix.unistd cimport close
 
 from propolis._atomic cimport add64_rlx, ld64_rlx
-from propolis._posix cimport (
-    EFD_CLOEXEC,
-    EFD_NONBLOCK,
-    eventfd,
-    eventfd_read,
-    eventfd_write,
-    pthread_mutex_lock,
-    pthread_mutex_unlock,
-)
+from propolis._posix cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd, eventfd_read, eventfd_write
 
 from propolis.errors import HypervisorError
 
@@ -27,11 +19,11 @@ cdef class IrqLine:
         self.level = False
 
     cdef void set(self, bint level) noexcept nogil:
-        pthread_mutex_lock(&self.vm.irq_lock)
+        self.vm.irq_lock.acquire()
         if level != self.level:
             self.level = level
             self._drive(level)
-        pthread_mutex_unlock(&self.vm.irq_lock)
+        self.vm.irq_lock.release()
 
     cdef void pulse(self) noexcept nogil:
         self.set(True)
@@ -40,14 +32,14 @@ cdef class IrqLine:
     cdef void route(self, int32_t pin) noexcept nogil:
         if pin < -1 or pin >= 24:
             pin = -1
-        pthread_mutex_lock(&self.vm.irq_lock)
+        self.vm.irq_lock.acquire()
         if pin != self.pin:
             if self.level:
                 self._drive(False)
             self.pin = pin
             if self.level:
                 self._drive(True)
-        pthread_mutex_unlock(&self.vm.irq_lock)
+        self.vm.irq_lock.release()
 
     cdef void _drive(self, bint level) noexcept nogil:
         """Under irq_lock: this wire changes; the input follows the OR of its wires."""
@@ -76,10 +68,10 @@ cdef class IrqLine:
         """(pin, level)."""
         cdef int32_t pin
         cdef bint level
-        pthread_mutex_lock(&self.vm.irq_lock)
+        self.vm.irq_lock.acquire()
         pin = self.pin
         level = self.level
-        pthread_mutex_unlock(&self.vm.irq_lock)
+        self.vm.irq_lock.release()
         return pin, bool(level)
 
 

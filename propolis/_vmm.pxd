@@ -9,7 +9,8 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from propolis._bus cimport Bus, Reader
 from propolis._mailbox cimport Mailbox
 from propolis._memory cimport GuestMemory
-from propolis._posix cimport pthread_cond_t, pthread_mutex_t, pthread_t
+from propolis._lock cimport Lock
+from propolis._posix cimport pthread_cond_t, pthread_t
 
 
 cdef class Vm:
@@ -18,7 +19,7 @@ cdef class Vm:
     cdef readonly Bus pio
     cdef readonly Bus mmio
     cdef readonly Mailbox mailbox
-    cdef pthread_mutex_t irq_lock
+    cdef Lock irq_lock
     cdef uint16_t asserted[24]           # lines up on each input; under: irq_lock
 
     # 0 or -errno.
@@ -73,7 +74,7 @@ cdef class Vcpu:
     cdef bint parked                     # under: lock
     cdef bint running                    # the thread exists and `thread` is valid; under: lock
     cdef pthread_t thread
-    cdef pthread_mutex_t lock
+    cdef Lock lock
     cdef pthread_cond_t changed
     cdef uint32_t slot
 

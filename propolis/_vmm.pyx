@@ -9,6 +9,7 @@ from libc.string cimport memset, strerror
 from posix.signal cimport SIG_SETMASK, sigaction, sigaction_t, sigdelset, sigfillset, sigset_t
 
 from propolis._atomic cimport fence_seq, ld32_acq, ld64_rlx, st32_rel, st64_rlx
+from propolis._lock cimport Lock
 from propolis._posix cimport (
     SIGURG,
     pthread_cond_destroy,
@@ -16,10 +17,6 @@ from propolis._posix cimport (
     pthread_cond_signal,
     pthread_cond_wait,
     pthread_kill,
-    pthread_mutex_destroy,
-    pthread_mutex_init,
-    pthread_mutex_lock,
-    pthread_mutex_unlock,
     pthread_self,
     pthread_sigmask,
 )
@@ -34,10 +31,7 @@ cdef class Vm:
         self.pio = Bus("port", True)
         self.mmio = Bus("physical address", False)
         self.mailbox = Mailbox()
-        pthread_mutex_init(&self.irq_lock, NULL)
-
-    def __dealloc__(self) -> None:
-        pthread_mutex_destroy(&self.irq_lock)
+        self.irq_lock = Lock()
 
     cdef int set_irq(self, uint32_t gsi, bint level) noexcept nogil:
         return -ENOSYS
@@ -99,7 +93,7 @@ cdef class Vcpu:
         self.index = index
         self.control = CONTROL_HOLD
         self.slot = vm.mailbox.register(on_event)
-        pthread_mutex_init(&self.lock, NULL)
+        self.lock = Lock()
         pthread_cond_init(&self.changed, NULL)
         vm.pio._enrol(&self.pio_reader)
         vm.mmio._enrol(&self.mmio_reader)
@@ -108,7 +102,6 @@ cdef class Vcpu:
         if self.vm is not None:
             self.vm.pio._dismiss(&self.pio_reader)
             self.vm.mmio._dismiss(&self.mmio_reader)
-        pthread_mutex_destroy(&self.lock)
         pthread_cond_destroy(&self.changed)
 
     def run(self) -> None:
@@ -118,19 +111,19 @@ cdef class Vcpu:
         sigfillset(&mask)
         sigdelset(&mask, SIGURG)
         pthread_sigmask(SIG_SETMASK, &mask, NULL)
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         refused = self.running
         if not refused:
             self.thread = pthread_self()
             self.running = True
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         if refused:
             raise HypervisorError(f"vCPU {self.index} already has a thread")
         with nogil:
             self._loop()
-            pthread_mutex_lock(&self.lock)
+            self.lock.acquire()
             self.running = False
-            pthread_mutex_unlock(&self.lock)
+            self.lock.release()
             self.vm.mailbox.post(self.slot, VCPU_ENDED)
 
     cdef void _loop(self) noexcept nogil:
@@ -162,23 +155,23 @@ cdef class Vcpu:
 
     cdef bint _park(self) noexcept nogil:
         cdef bint go_on
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         while self.control == CONTROL_HOLD:
             if not self.parked:
                 self.parked = True
                 self.vm.mailbox.post(self.slot, VCPU_PARKED)
-            pthread_cond_wait(&self.changed, &self.lock)
+            pthread_cond_wait(&self.changed, &self.lock.mutex)
         self.parked = False
         go_on = self.control == CONTROL_RUN
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return go_on
 
     cdef bint _give_up(self, uint32_t event) noexcept nogil:
         """Tells the loop of an exit it cannot answer, and parks at once: another entry may fail for good."""
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if self.control == CONTROL_RUN:
             self.control = CONTROL_HOLD
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         self.vm.mailbox.post(self.slot, event)
         return self._park()
 
@@ -190,13 +183,13 @@ cdef class Vcpu:
 
     cdef int _command(self, uint32_t control) except -1:
         cdef int error = 0
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if self.control != CONTROL_STOP:
             st32_rel(&self.control, control)
             if control != CONTROL_RUN:
                 error = self._kick()
             pthread_cond_signal(&self.changed)
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         if error:
             raise HypervisorError(f"signal the thread of vCPU {self.index}: {strerror(error).decode()}")
         return 0
@@ -217,9 +210,9 @@ cdef class Vcpu:
     def is_parked(self) -> bool:
         """True while it is held and has no thread inside the guest or the hypervisor."""
         cdef bint parked
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         parked = self.control != CONTROL_RUN and (self.parked or not self.running)
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return parked
 
     def stats(self) -> dict:

@@ -3,7 +3,8 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from posix.uio cimport iovec
 
-from propolis._posix cimport pthread_cond_t, pthread_mutex_t
+from propolis._lock cimport Lock
+from propolis._posix cimport pthread_cond_t
 from propolis.backends.block._engine cimport Engine, Extent, Io
 
 cdef enum:
@@ -11,7 +12,7 @@ cdef enum:
     ZERO_VECTORS = 16        # one write of zeros covers up to a MiB
 
 cdef class IoPool:
-    cdef pthread_mutex_t lock
+    cdef Lock lock
     cdef pthread_cond_t work
     cdef Io *first                       # under: lock
     cdef Io *last                        # under: lock

@@ -9,16 +9,13 @@ from posix.signal cimport SIG_BLOCK, sigfillset, sigset_t
 from posix.types cimport off_t
 from posix.uio cimport preadv, pwritev
 
+from propolis._lock cimport Lock
 from propolis._posix cimport (
     pthread_cond_broadcast,
     pthread_cond_destroy,
     pthread_cond_init,
     pthread_cond_signal,
     pthread_cond_wait,
-    pthread_mutex_destroy,
-    pthread_mutex_init,
-    pthread_mutex_lock,
-    pthread_mutex_unlock,
     pthread_sigmask,
 )
 from propolis.backends.block._engine cimport IO_DISCARD, IO_FLUSH, IO_READ, IO_WRITE, IO_ZERO
@@ -99,7 +96,7 @@ cdef class IoPool:
 
     def __cinit__(self, threads: int = 4) -> None:
         cdef uint32_t i
-        pthread_mutex_init(&self.lock, NULL)
+        self.lock = Lock()
         pthread_cond_init(&self.work, NULL)
         self.threads = []
         self.engines = []
@@ -116,7 +113,6 @@ cdef class IoPool:
     def __dealloc__(self) -> None:
         # No thread is left: each holds a reference to the pool.
         pthread_cond_destroy(&self.work)
-        pthread_mutex_destroy(&self.lock)
 
     def run(self) -> None:
         """The body of each thread."""
@@ -128,11 +124,11 @@ cdef class IoPool:
 
     cdef void _serve(self) noexcept nogil:
         cdef Io *io
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         while True:
             while self.first == NULL and not self.stopping:
                 self.idle += 1
-                pthread_cond_wait(&self.work, &self.lock)
+                pthread_cond_wait(&self.work, &self.lock.mutex)
                 self.idle -= 1
             io = self.first
             if io == NULL:
@@ -141,22 +137,22 @@ cdef class IoPool:
             if self.first == NULL:
                 self.last = NULL
             self.performed += 1
-            pthread_mutex_unlock(&self.lock)
+            self.lock.release()
             io.result = self._perform((<PoolEngine>io.engine).file, (<PoolEngine>io.engine).skip_sync, io)
             (<PoolEngine>io.engine).complete(io)
-            pthread_mutex_lock(&self.lock)
-        pthread_mutex_unlock(&self.lock)
+            self.lock.acquire()
+        self.lock.release()
 
     cdef void enqueue(self, Io *first, Io *last, uint32_t count) noexcept nogil:
         cdef uint32_t wake
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if self.first == NULL:
             self.first = first
         else:
             self.last.next = first
         self.last = last
         wake = self.idle if self.idle < count else count
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         while wake > 0:
             pthread_cond_signal(&self.work)
             wake -= 1
@@ -205,10 +201,10 @@ cdef class IoPool:
 
     def close(self, timeout: float = 5.0) -> bool:
         """Ends the threads after what is queued. False when one hangs in the kernel; it is left behind then."""
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self.stopping = True
         pthread_cond_broadcast(&self.work)
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         for thread in self.threads:
             thread.join(timeout)
         self.threads = [thread for thread in self.threads if thread.is_alive()]
@@ -216,9 +212,9 @@ cdef class IoPool:
 
     def stats(self) -> dict:
         cdef uint64_t performed
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         performed = self.performed
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return {"performed": performed, "threads": len(self.threads)}
 
 

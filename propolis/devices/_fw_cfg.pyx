@@ -13,13 +13,7 @@ from posix.types cimport off_t
 from posix.unistd cimport pread
 
 from propolis._memory cimport ACCESS_WRITE, GuestMemory
-from propolis._posix cimport (
-    pthread_mutex_destroy,
-    pthread_mutex_init,
-    pthread_mutex_lock,
-    pthread_mutex_t,
-    pthread_mutex_unlock,
-)
+from propolis._lock cimport Lock
 from propolis._bus cimport Region
 from propolis._vmm cimport Vm
 
@@ -71,7 +65,7 @@ cdef class Selector:
     cdef Vm vm
     cdef GuestMemory memory
     cdef uint32_t slot               # in the mailbox
-    cdef pthread_mutex_t lock        # guards all below
+    cdef Lock lock                   # guards all below
     cdef Item items[MAX_ITEMS]
     cdef uint32_t count
     cdef Item *selected              # NULL for a key that nothing has: it reads as zeros
@@ -80,7 +74,7 @@ cdef class Selector:
     cdef list files                  # keeps those open that items read
 
     def __cinit__(self, *args: object, **kwargs: object) -> None:
-        pthread_mutex_init(&self.lock, NULL)
+        self.lock = Lock()
         self.files = []
 
     def __init__(self, Vm vm, slot: int) -> None:
@@ -92,7 +86,6 @@ cdef class Selector:
         cdef uint32_t i
         for i in range(self.count):
             free(self.items[i].content)
-        pthread_mutex_destroy(&self.lock)
 
     def add(self, key: int, content: bytes, writable: bool = False) -> None:
         """An item, before the guest runs. Raises ValueError where the key is taken or there are too many."""
@@ -134,13 +127,13 @@ cdef class Selector:
         """(key, content) of every item that the guest has written to since the last call."""
         cdef uint32_t i
         written = []
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         for i in range(self.count):
             if self.items[i].was_written:
                 self.items[i].was_written = False
                 written.append((self.items[i].key,
                                 PyBytes_FromStringAndSize(<char *>self.items[i].content, self.items[i].size)))
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return written
 
     def reset(self) -> None:
@@ -163,16 +156,16 @@ cdef class Selector:
                 self.selected = &self.items[i]
 
     cdef void select(self, uint16_t key) noexcept nogil:
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self._select(key)
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     cdef uint8_t next(self) noexcept nogil:
         """The byte at the position, for the data port."""
         cdef uint8_t byte = 0
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self._read(&byte, 1)
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return byte
 
     cdef bint _read(self, uint8_t *destination, uint64_t length) noexcept nogil:
@@ -215,12 +208,12 @@ cdef class Selector:
         if not self.memory.copy_in(address, &command, sizeof(command)):
             return  # there is no place for an answer either
         control = swap32(command.control)
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if control & DMA_SELECT:
             self._select(<uint16_t>(control >> 16))
         result = 0 if self._transfer(control, swap32(command.length), swap64(command.address)) else DMA_ERROR
         has_written = self.selected != NULL and self.selected.was_written
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         result = swap32(result)
         self.memory.copy_out(address, &result, sizeof(result))
         if has_written:
@@ -280,12 +273,12 @@ cdef class DmaPort(Region):
         if offset == 0 and size == 8:
             self.selector.dma(swap64(value))
         elif offset == 0 and size == 4:
-            pthread_mutex_lock(&self.selector.lock)
+            self.selector.lock.acquire()
             self.selector.dma_address = <uint64_t>swap32(<uint32_t>value) << 32
-            pthread_mutex_unlock(&self.selector.lock)
+            self.selector.lock.release()
         elif offset == 4 and size == 4:
-            pthread_mutex_lock(&self.selector.lock)
+            self.selector.lock.acquire()
             address = self.selector.dma_address | swap32(<uint32_t>value)
             self.selector.dma_address = 0
-            pthread_mutex_unlock(&self.selector.lock)
+            self.selector.lock.release()
             self.selector.dma(address)

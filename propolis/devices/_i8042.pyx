@@ -9,13 +9,7 @@ probes of systems that look for it. Guest accesses come from vCPU threads, input
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from propolis._posix cimport (
-    pthread_mutex_destroy,
-    pthread_mutex_init,
-    pthread_mutex_lock,
-    pthread_mutex_t,
-    pthread_mutex_unlock,
-)
+from propolis._lock cimport Lock
 from propolis._bus cimport Region
 from propolis._interrupts cimport IrqLine
 from propolis._vmm cimport Vm
@@ -81,7 +75,7 @@ cdef class Controller:
     cdef Vm vm
     cdef uint32_t slot               # of the machine's power events
     cdef IrqLine keyboard_line, mouse_line
-    cdef pthread_mutex_t lock        # taken before irq_lock; guards all below
+    cdef Lock lock                   # taken before irq_lock; guards all below
     cdef uint8_t ram[RAM_SIZE]       # byte 0 is the command byte
     cdef uint8_t output_port
     cdef uint8_t command             # that waits for its argument, or 0
@@ -98,10 +92,7 @@ cdef class Controller:
     cdef Mouse mouse
 
     def __cinit__(self, *args: object, **kwargs: object) -> None:
-        pthread_mutex_init(&self.lock, NULL)
-
-    def __dealloc__(self) -> None:
-        pthread_mutex_destroy(&self.lock)
+        self.lock = Lock()
 
     def __init__(self, Vm vm, slot: int, has_devices: bool = False) -> None:
         cdef uint32_t code
@@ -123,30 +114,30 @@ cdef class Controller:
 
     cdef uint8_t read_data(self) noexcept nogil:
         cdef uint8_t value
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         value = self.output  # an empty buffer repeats the last byte
         self.is_full = False
         self._drive()
         self._fill()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return value
 
     cdef uint8_t read_status(self) noexcept nogil:
         cdef uint8_t status = STATUS_UNLOCKED
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if self.is_full:
             status |= STATUS_OUTPUT | self.output_marks
         if self.ram[0] & CONTROL_SYSTEM:
             status |= STATUS_SYSTEM
         if self.last_was_command:
             status |= STATUS_COMMAND
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return status
 
     cdef void write_data(self, uint8_t byte) noexcept nogil:
         cdef bint is_reset = False
         cdef uint8_t command
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         command = self.command
         self.command = 0
         self.last_was_command = False
@@ -171,13 +162,13 @@ cdef class Controller:
             else:
                 self._put(RESEND, STATUS_TIMEOUT)
         self._fill()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         if is_reset:
             self.vm.mailbox.post(self.slot, POWER_RESET)
 
     cdef void write_command(self, uint8_t byte) noexcept nogil:
         cdef bint is_reset = False
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self.command = 0
         self.last_was_command = True
         if READ_RAM <= byte < READ_RAM + RAM_SIZE:
@@ -210,7 +201,7 @@ cdef class Controller:
         elif byte >= PULSE:
             is_reset = not byte & OUTPUT_RUN
         self._fill()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         if is_reset:
             self.vm.mailbox.post(self.slot, POWER_RESET)
 
@@ -261,32 +252,32 @@ cdef class Controller:
         """A key is pressed, repeats, or is released. `number`: see _ps2_keyboard; 0 to 255."""
         cdef uint8_t which = number
         cdef bint press = is_press
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if self.has_devices:
             self.keyboard.key(which, press)
         self._fill()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     def move(self, x: int, y: int, wheel: int, buttons: int) -> None:
         """The mouse moved to the right, up and, its wheel, towards the user. Bits of `buttons`: left, right, middle."""
         cdef int32_t right = x, up = y, turn = wheel
         cdef uint8_t down = buttons
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if self.has_devices:
             self.mouse.move(right, up, turn, down)
         self._fill()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     def stats(self) -> dict:
         """Key presses `dropped` because the guest read none."""
         cdef uint64_t dropped
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         dropped = self.keyboard.dropped
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return {"dropped": dropped}
 
     def reset(self) -> None:
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         memset(self.ram, 0, RAM_SIZE)
         self.ram[0] = CONTROL_TRANSLATE | CONTROL_NO_MOUSE | CONTROL_NO_KEYBOARD | CONTROL_SYSTEM
         self.output_port = OUTPUT_POWER_ON
@@ -298,7 +289,7 @@ cdef class Controller:
         self.keyboard.power_on()
         self.mouse.power_on()
         self._drive()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
 
 cdef class DataPort(Region):

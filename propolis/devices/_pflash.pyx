@@ -14,13 +14,7 @@ from posix.types cimport off_t
 from posix.unistd cimport pwrite
 
 from propolis._memory cimport ACCESS_READ
-from propolis._posix cimport (
-    pthread_mutex_destroy,
-    pthread_mutex_init,
-    pthread_mutex_lock,
-    pthread_mutex_t,
-    pthread_mutex_unlock,
-)
+from propolis._lock cimport Lock
 from propolis._bus cimport Region
 from propolis._vmm cimport Vm
 
@@ -53,7 +47,7 @@ cdef class Flash(Region):
 
     cdef Vm vm
     cdef uint32_t slot               # in the mailbox
-    cdef pthread_mutex_t lock        # guards all below
+    cdef Lock lock                   # guards all below
     cdef uint64_t base, length
     cdef uint8_t *array              # in guest memory
     cdef int fd
@@ -63,10 +57,7 @@ cdef class Flash(Region):
     cdef uint64_t failed_writes
 
     def __cinit__(self, *args: object, **kwargs: object) -> None:
-        pthread_mutex_init(&self.lock, NULL)
-
-    def __dealloc__(self) -> None:
-        pthread_mutex_destroy(&self.lock)
+        self.lock = Lock()
 
     def __init__(self, Vm vm, slot: int, base: int, length: int, fd: int) -> None:
         self.name = "flash"
@@ -85,10 +76,10 @@ cdef class Flash(Region):
     cdef uint64_t read(self, uint64_t offset, uint32_t size) noexcept nogil:
         cdef uint64_t value = 0
         cdef uint32_t i
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         for i in range(size):
             value |= <uint64_t>self._byte(offset + i) << 8 * i
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return value
 
     cdef uint8_t _byte(self, uint64_t offset) noexcept nogil:
@@ -129,7 +120,7 @@ cdef class Flash(Region):
     cdef void write(self, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil:
         cdef bint has_written = False
         cdef uint8_t command = <uint8_t>(value & 0xFF)
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if self.shown == PROGRAM:
             has_written = self._program(offset, size, value)
             self.shown = READ_STATUS
@@ -149,7 +140,7 @@ cdef class Flash(Region):
         else:
             self.shown = READ_ARRAY
         self._show(self.shown != READ_ARRAY)
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         if has_written:
             self.vm.mailbox.post(self.slot, FLASH_WRITTEN)
 
@@ -201,7 +192,7 @@ cdef class Flash(Region):
     def failures(self) -> int:
         """How often the file could not be written."""
         cdef uint64_t failed
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         failed = self.failed_writes
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return failed

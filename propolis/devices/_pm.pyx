@@ -7,13 +7,7 @@ PM1 and GPE0 each have a wire to the SCI, interrupt 9, that is up while a status
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from propolis._posix cimport (
-    pthread_mutex_destroy,
-    pthread_mutex_init,
-    pthread_mutex_lock,
-    pthread_mutex_t,
-    pthread_mutex_unlock,
-)
+from propolis._lock cimport Lock
 from propolis._bus cimport Region
 from propolis._interrupts cimport IrqLine
 from propolis._vmm cimport Vm
@@ -59,16 +53,13 @@ cdef class PmBlock(Region):
     cdef Vm vm
     cdef IrqLine line
     cdef uint32_t slot              # of the machine's power events
-    cdef pthread_mutex_t lock       # taken before irq_lock; guards all below
+    cdef Lock lock                  # taken before irq_lock; guards all below
     cdef uint16_t status, enable, control
     cdef uint64_t start             # when the counter was 0
     cdef uint64_t halves            # half periods of the counter that the status bit has told of
 
     def __cinit__(self, *args: object, **kwargs: object) -> None:
-        pthread_mutex_init(&self.lock, NULL)
-
-    def __dealloc__(self) -> None:
-        pthread_mutex_destroy(&self.lock)
+        self.lock = Lock()
 
     def __init__(self, Vm vm, slot: int) -> None:
         self.name = "pm1"
@@ -85,12 +76,12 @@ cdef class PmBlock(Region):
         cdef uint64_t value = 0
         if offset >= PM_REGISTERS or size > 8:
             return 0
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self._catch_up()
         memcpy(registers, &self.status, 2)
         memcpy(registers + PM1_ENABLE, &self.enable, 2)
         memcpy(registers + PM1_CONTROL, &self.control, 2)
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         registers[6] = registers[7] = 0
         count = <uint32_t>self._count()
         memcpy(registers + PM_TIMER, &count, 4)
@@ -101,13 +92,13 @@ cdef class PmBlock(Region):
     cdef void write(self, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil:
         cdef uint32_t i
         cdef bint is_off = False
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self._catch_up()
         for i in range(size):
             if self._write_byte(offset + i, <uint8_t>(value >> 8 * i & 0xFF)):
                 is_off = True
         self._settle()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         if is_off:
             self.vm.mailbox.post(self.slot, POWER_OFF)
 
@@ -154,43 +145,40 @@ cdef class PmBlock(Region):
     def tick(self) -> None:
         """The timer expired: the counter's top bit has changed."""
         self.timer.drain()
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self._catch_up()
         self._settle()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     def press_button(self) -> None:
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self.status |= BUTTON_BIT
         self._settle()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     def advance(self, seconds: int) -> None:
         """Moves the counter on, as if that time had passed: for tests, since half a period takes ten minutes."""
         self.start -= <uint64_t>seconds * SECOND
 
     def reset(self) -> None:
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self.status = self.enable = 0
         self.control = CONTROL_SCI_EN
         self.start = monotonic_ns()
         self.halves = 0
         self._settle()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
 
 cdef class GpeBlock(Region):
     """General-purpose events: two status bytes, then two enable bytes."""
 
     cdef IrqLine line
-    cdef pthread_mutex_t lock           # taken before irq_lock
+    cdef Lock lock                      # taken before irq_lock
     cdef uint8_t registers[GPE_BYTES * 2]   # under: lock
 
     def __cinit__(self, *args: object, **kwargs: object) -> None:
-        pthread_mutex_init(&self.lock, NULL)
-
-    def __dealloc__(self) -> None:
-        pthread_mutex_destroy(&self.lock)
+        self.lock = Lock()
 
     def __init__(self, Vm vm) -> None:
         self.name = "gpe0"
@@ -199,19 +187,19 @@ cdef class GpeBlock(Region):
 
     cdef uint64_t read(self, uint64_t offset, uint32_t size) noexcept nogil:
         cdef uint8_t value
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         value = self.registers[offset & 3]
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return value
 
     cdef void write(self, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil:
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if offset < GPE_BYTES:
             self.registers[offset] &= <uint8_t>~(value & 0xFF)
         else:
             self.registers[offset & 3] = <uint8_t>(value & 0xFF)
         self._settle()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     cdef void _settle(self) noexcept nogil:
         self.line.set((self.registers[0] & self.registers[2] | self.registers[1] & self.registers[3]) != 0)
@@ -221,18 +209,18 @@ cdef class GpeBlock(Region):
         cdef uint32_t number = bit
         if number >= 8 * GPE_BYTES:
             raise ValueError(f"no general-purpose event {bit}")
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self.registers[number >> 3] |= <uint8_t>(1 << (number & 7))
         self._settle()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     def reset(self) -> None:
         cdef int i
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         for i in range(GPE_BYTES * 2):
             self.registers[i] = 0
         self._settle()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
 
 cdef class HotplugPorts(Region):
@@ -244,14 +232,11 @@ cdef class HotplugPorts(Region):
 
     cdef Vm vm
     cdef uint32_t slot                  # in the mailbox
-    cdef pthread_mutex_t lock
+    cdef Lock lock
     cdef uint32_t up, down, ejected     # one bit for each slot; under: lock
 
     def __cinit__(self, *args: object, **kwargs: object) -> None:
-        pthread_mutex_init(&self.lock, NULL)
-
-    def __dealloc__(self) -> None:
-        pthread_mutex_destroy(&self.lock)
+        self.lock = Lock()
 
     def __init__(self, Vm vm, slot: int) -> None:
         self.name = "pci hotplug"
@@ -264,12 +249,12 @@ cdef class HotplugPorts(Region):
         cdef uint32_t words[4]
         if offset >= HOTPLUG_EJECT or size > 8:
             return 0
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         words[0] = self.up
         words[1] = self.down
         if offset < HOTPLUG_DOWN:
             self.up &= ~<uint32_t>((<uint64_t>1 << 8 * size) - 1 << 8 * offset)
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         words[2] = words[3] = 0
         memcpy(&value, <uint8_t *>words + offset, size)
         return value
@@ -278,32 +263,32 @@ cdef class HotplugPorts(Region):
         cdef uint32_t gone
         if offset != HOTPLUG_EJECT or size != 4:
             return
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         gone = <uint32_t>value & self.down  # what nobody asked back stays
         self.down &= ~gone
         self.up &= ~gone
         self.ejected |= gone
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         if gone:
             self.vm.mailbox.post(self.slot, HOTPLUG_EJECTED)
 
     def announce(self, up: int, down: int) -> None:
         """Adds slots, as bits, to those that have a new device and those whose device shall go."""
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self.up |= up
         self.down |= down
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     def take_ejected(self) -> int:
         """Slots whose device the guest has let go since the last call, as bits."""
         cdef uint32_t gone
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         gone = self.ejected
         self.ejected = 0
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return gone
 
     def reset(self) -> None:
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self.up = self.down = 0
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()

@@ -3,13 +3,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from propolis._atomic cimport add64_rlx, ld8_rlx, ld64_rlx, st8_rlx
-from propolis._posix cimport (
-    pthread_mutex_destroy,
-    pthread_mutex_init,
-    pthread_mutex_lock,
-    pthread_mutex_t,
-    pthread_mutex_unlock,
-)
+from propolis._lock cimport Lock
 from propolis._bus cimport Region
 from propolis._vmm cimport Vm
 from propolis.devices._power cimport POWER_CRASH_LOADED, POWER_PANICKED, POWER_RESET
@@ -106,15 +100,12 @@ cdef class DebugPort(Region):
 
     cdef Vm vm
     cdef uint32_t slot               # in the mailbox
-    cdef pthread_mutex_t lock        # one vCPU at a time writes into the ring
+    cdef Lock lock                   # one vCPU at a time writes into the ring
     cdef ByteRing ring
     cdef uint64_t dropped            # under: lock
 
     def __cinit__(self, *args: object, **kwargs: object) -> None:
-        pthread_mutex_init(&self.lock, NULL)
-
-    def __dealloc__(self) -> None:
-        pthread_mutex_destroy(&self.lock)
+        self.lock = Lock()
 
     def __init__(self, Vm vm, slot: int) -> None:
         self.name = "debug port"
@@ -128,12 +119,12 @@ cdef class DebugPort(Region):
 
     cdef void write(self, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil:
         cdef bint is_first = False
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if self.ring.used() == DEBUG_RING:
             self.dropped += 1
         else:
             is_first = self.ring.put(<uint8_t>(value & 0xFF))
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         if is_first:
             self.vm.mailbox.post(self.slot, DEBUG_OUTPUT)
 
@@ -146,9 +137,9 @@ cdef class DebugPort(Region):
 
     def stats(self) -> dict:
         cdef uint64_t dropped
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         dropped = self.dropped
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return {"dropped": dropped}
 
 

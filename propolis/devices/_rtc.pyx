@@ -8,13 +8,7 @@ guest has read register C, so a guest that lets interrupts lie costs nothing.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from propolis._posix cimport (
-    pthread_mutex_destroy,
-    pthread_mutex_init,
-    pthread_mutex_lock,
-    pthread_mutex_t,
-    pthread_mutex_unlock,
-)
+from propolis._lock cimport Lock
 from propolis._bus cimport Region
 from propolis._interrupts cimport IrqLine
 from propolis._vmm cimport Vm
@@ -73,7 +67,7 @@ cdef int64_t LATEST = 9000000000  # in the year 2255: 64 bits of nanoseconds end
 cdef class Rtc(Region):
     cdef readonly Timer timer
     cdef IrqLine line
-    cdef pthread_mutex_t lock         # taken before irq_lock; guards all below
+    cdef Lock lock                    # taken before irq_lock; guards all below
     cdef uint8_t ram[RAM_SIZE]        # alarms, NVRAM, and the time registers while the clock is stopped
     cdef uint8_t provided[RAM_SIZE]   # what the machine puts there, again after each reset
     cdef bint is_provided[RAM_SIZE]
@@ -85,10 +79,7 @@ cdef class Rtc(Region):
     cdef uint64_t checked_tick        # the same of the periodic rate
 
     def __cinit__(self, *args: object, **kwargs: object) -> None:
-        pthread_mutex_init(&self.lock, NULL)
-
-    def __dealloc__(self) -> None:
-        pthread_mutex_destroy(&self.lock)
+        self.lock = Lock()
 
     def __init__(self, Vm vm) -> None:
         self.name = "rtc"
@@ -103,7 +94,7 @@ cdef class Rtc(Region):
         cdef uint8_t value
         if offset == 0:
             return 0xFF  # the index is write-only
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if self.index == REGISTER_A:
             value = self.a | <uint8_t>(A_UIP if self._is_updating() else 0)
         elif self.index == REGISTER_B:
@@ -119,13 +110,13 @@ cdef class Rtc(Region):
             value = self._time_register(self.index)
         else:
             value = self.ram[self.index]
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return value
 
     cdef void write(self, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil:
         cdef uint8_t byte = <uint8_t>(value & 0xFF)
         cdef int64_t fraction
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if offset == 0:
             self.index = byte & 0x7F  # bit 7 masks NMI on a PC
         elif self.index == REGISTER_A or self.index == REGISTER_B:
@@ -145,7 +136,7 @@ cdef class Rtc(Region):
             self._catch_up()
             self.ram[self.index] = byte
             self._settle()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     # -- under the lock ------------------------------------------------------------------------------------------------
 
@@ -327,16 +318,16 @@ cdef class Rtc(Region):
     def tick(self) -> None:
         """The timer expired. Periods that were missed meanwhile count as one."""
         self.timer.drain()
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self._catch_up()
         self._settle()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     def stand_still(self, host_ns: int) -> None:
         """Takes the host's clock to show this, for good: for tests, of which a busy host would miss milliseconds."""
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self.standing_ns = host_ns
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     def provide(self, index: int, value: int) -> None:
         """Puts a byte into the NVRAM, now and after each reset."""
@@ -349,7 +340,7 @@ cdef class Rtc(Region):
     def reset(self) -> None:
         """To the state at power-on. The clock goes on, and the NVRAM keeps what the machine did not put there."""
         cdef uint32_t i
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self.index = self.flags = 0
         self.a = A_POWER_ON
         self.b = B_24_HOURS
@@ -361,7 +352,7 @@ cdef class Rtc(Region):
         self.checked_second = self._now() // SECOND
         self.checked_tick = self._tick()
         self._settle()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
 
 cdef bint is_time(uint8_t index) noexcept nogil:

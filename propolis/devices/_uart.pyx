@@ -8,13 +8,7 @@ cimport cython
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from propolis._posix cimport (
-    pthread_mutex_destroy,
-    pthread_mutex_init,
-    pthread_mutex_lock,
-    pthread_mutex_t,
-    pthread_mutex_unlock,
-)
+from propolis._lock cimport Lock
 from propolis._bus cimport Region
 from propolis._interrupts cimport IrqLine
 from propolis._vmm cimport Vm
@@ -90,7 +84,7 @@ cdef class Uart(Region):
     cdef Vm vm
     cdef IrqLine line
     cdef uint32_t slot               # in the mailbox
-    cdef pthread_mutex_t lock        # taken before irq_lock; guards all below
+    cdef Lock lock                   # taken before irq_lock; guards all below
     cdef uint8_t ier, fcr, lcr, mcr, msr, scratch
     cdef uint8_t dll, dlm
     cdef uint8_t overrun             # LSR_OVERRUN or 0
@@ -113,10 +107,7 @@ cdef class Uart(Region):
         self._power_on()
 
     def __cinit__(self, *args: object, **kwargs: object) -> None:
-        pthread_mutex_init(&self.lock, NULL)
-
-    def __dealloc__(self) -> None:
-        pthread_mutex_destroy(&self.lock)
+        self.lock = Lock()
 
     cdef void _power_on(self) noexcept nogil:
         self.ier = self.fcr = self.lcr = self.mcr = self.scratch = 0
@@ -132,7 +123,7 @@ cdef class Uart(Region):
     cdef uint64_t read(self, uint64_t offset, uint32_t size) noexcept nogil:
         cdef uint8_t value = 0
         cdef uint32_t events = 0
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if offset == DATA:
             if self.lcr & LCR_DLAB:
                 value = self.dll
@@ -161,7 +152,7 @@ cdef class Uart(Region):
         else:
             value = self.scratch
         self._drive()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         if events:
             self.vm.mailbox.post(self.slot, events)
         return value
@@ -169,7 +160,7 @@ cdef class Uart(Region):
     cdef void write(self, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil:
         cdef uint8_t byte = <uint8_t>(value & 0xFF)
         cdef uint32_t events = 0
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if offset == DATA:
             if self.lcr & LCR_DLAB:
                 self.dll = byte
@@ -195,7 +186,7 @@ cdef class Uart(Region):
         elif offset == SCRATCH:
             self.scratch = byte
         self._drive()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         if events:
             self.vm.mailbox.post(self.slot, events)
 
@@ -313,32 +304,32 @@ cdef class Uart(Region):
         """Characters from outside. Returns how many were taken; INPUT_ROOM comes when more would be."""
         cdef uint32_t taken = 0
         cdef uint32_t length = <uint32_t>min(data.shape[0], FIFO_SIZE)
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         while taken < length and self.used < self._depth() and not self.mcr & MCR_LOOPBACK:
             self._push(data[taken], 0)
             taken += 1
         self.starved = taken < data.shape[0]
         self._drive()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return taken
 
     def receive_break(self) -> None:
         """A break condition from outside: a NUL character with its mark."""
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if not self.mcr & MCR_LOOPBACK:
             self._push(0, LSR_BREAK | LSR_FRAMING)
         self._drive()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     def take(self, limit: int) -> bytes:
         """What the guest sent, at most `limit` bytes. OUTPUT announces more, or the rest."""
         data, more = self.ring.take(limit)
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if self.blocked and self._has_ring_room():
             self.blocked = False
             self.thre_pending = True
             self._drive()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         if more:
             self.vm.mailbox.post(self.slot, UART_OUTPUT)
         return data
@@ -346,19 +337,19 @@ cdef class Uart(Region):
     def reset(self) -> None:
         """To the state at power-on; what the guest has sent stays to be taken."""
         cdef uint32_t events
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self._power_on()
         events = self._offer_room()
         self._drive()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         if events:
             self.vm.mailbox.post(self.slot, events)
 
     def stats(self) -> dict:
         """Characters lost: `dropped` by a guest that ignored THRE, `overruns` by its own loopback."""
         cdef uint64_t dropped, overruns
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         dropped = self.dropped
         overruns = self.overruns
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return {"dropped": dropped, "overruns": overruns}

@@ -12,13 +12,7 @@ from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, mun
 from posix.unistd cimport close
 
 from propolis._memory cimport ACCESS_WRITE
-from propolis._posix cimport (
-    pthread_mutex_destroy,
-    pthread_mutex_init,
-    pthread_mutex_lock,
-    pthread_mutex_t,
-    pthread_mutex_unlock,
-)
+from propolis._lock cimport Lock
 from propolis._vmm cimport EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MMIO, EXIT_PIO, EXIT_RETRY, EXIT_SHUTDOWN, Vcpu, Vm
 from propolis.hypervisor cimport kvm
 from propolis.hypervisor._ioctl cimport call, refused
@@ -64,7 +58,7 @@ cdef class KvmVm(Vm):
     cdef int kvm_fd
     cdef int run_size
     cdef bint has_xcrs
-    cdef pthread_mutex_t route_lock
+    cdef Lock route_lock
     cdef kvm.propolis_routes routes      # under: route_lock
     cdef uint32_t first_msi_route
     cdef kvm.kvm_irqchip chips[3]
@@ -73,7 +67,7 @@ cdef class KvmVm(Vm):
 
     def __cinit__(self, *args, **kwargs) -> None:
         self.fd = -1
-        pthread_mutex_init(&self.route_lock, NULL)
+        self.route_lock = Lock()
 
     def __init__(self, kvm_fd: int) -> None:
         cdef kvm.kvm_pit_config pit
@@ -230,7 +224,7 @@ cdef class KvmVm(Vm):
     cdef int route_msi(self, int32_t gsi, uint64_t address, uint32_t data) noexcept nogil:
         cdef uint32_t index
         cdef int result
-        pthread_mutex_lock(&self.route_lock)
+        self.route_lock.acquire()
         if gsi < 0:
             index = self.first_msi_route
             while index < self.routes.nr and not self.routes.unused[index]:
@@ -246,15 +240,15 @@ cdef class KvmVm(Vm):
                 self.routes.nr += 1
             result = -errno if kvm.ioctl(self.fd, kvm.KVM_SET_GSI_ROUTING, &self.routes) < 0 else gsi
             self.routes.unused[index] = result < 0
-        pthread_mutex_unlock(&self.route_lock)
+        self.route_lock.release()
         return result
 
     cdef void unroute_msi(self, int32_t gsi) noexcept nogil:
         cdef uint32_t index = <uint32_t>gsi - FIRST_MSI_GSI + self.first_msi_route
         if index >= self.first_msi_route and index < self.routes.nr:
-            pthread_mutex_lock(&self.route_lock)
+            self.route_lock.acquire()
             self.routes.unused[index] = True
-            pthread_mutex_unlock(&self.route_lock)
+            self.route_lock.release()
 
     cdef int assign_irqfd(self, int fd, int32_t gsi, bint assign) noexcept nogil:
         cdef kvm.kvm_irqfd request
@@ -274,7 +268,6 @@ cdef class KvmVm(Vm):
     def __dealloc__(self) -> None:
         if self.fd >= 0:
             close(self.fd)
-        pthread_mutex_destroy(&self.route_lock)
 
 
 @cython.no_gc_clear

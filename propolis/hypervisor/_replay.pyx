@@ -10,17 +10,13 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from propolis._atomic cimport ld32_acq, st32_rel
+from propolis._lock cimport Lock
 from propolis._posix cimport (
     pthread_cond_destroy,
     pthread_cond_init,
     pthread_cond_signal,
     pthread_cond_t,
     pthread_cond_wait,
-    pthread_mutex_destroy,
-    pthread_mutex_init,
-    pthread_mutex_lock,
-    pthread_mutex_t,
-    pthread_mutex_unlock,
 )
 from propolis._vmm cimport EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MMIO, EXIT_PIO, EXIT_RETRY, EXIT_SHUTDOWN, Vcpu, Vm
 
@@ -49,22 +45,19 @@ cdef class ReplayVm(Vm):
 
     cdef Interrupt records[MAX_RECORDS]  # under: irq_lock for lines, record_lock for all
     cdef uint32_t recorded
-    cdef pthread_mutex_t record_lock
+    cdef Lock record_lock
     cdef int32_t next_gsi
 
     def __cinit__(self) -> None:
-        pthread_mutex_init(&self.record_lock, NULL)
+        self.record_lock = Lock()
         self.next_gsi = 24
 
-    def __dealloc__(self) -> None:
-        pthread_mutex_destroy(&self.record_lock)
-
     cdef void _record(self, bint is_msi, uint64_t address, uint32_t data) noexcept nogil:
-        pthread_mutex_lock(&self.record_lock)
+        self.record_lock.acquire()
         if self.recorded < MAX_RECORDS:
             self.records[self.recorded] = Interrupt(address=address, data=data, is_msi=is_msi)
         self.recorded += 1
-        pthread_mutex_unlock(&self.record_lock)
+        self.record_lock.release()
 
     cdef int set_irq(self, uint32_t gsi, bint level) noexcept nogil:
         self._record(False, gsi, level)
@@ -87,13 +80,13 @@ cdef class ReplayVm(Vm):
         """What was raised since the last call: ("line", input, level) or ("msi", address, data)."""
         cdef uint32_t i = 0
         found = []
-        pthread_mutex_lock(&self.record_lock)
+        self.record_lock.acquire()
         while i < self.recorded and i < MAX_RECORDS:
             kind = "msi" if self.records[i].is_msi else "line"
             found.append((kind, self.records[i].address, self.records[i].data))
             i += 1
         self.recorded = 0
-        pthread_mutex_unlock(&self.record_lock)
+        self.record_lock.release()
         return found
 
     def line_level(self, pin: int) -> bool:
@@ -101,9 +94,9 @@ cdef class ReplayVm(Vm):
         if not 0 <= pin < 24:
             raise ValueError(f"no input {pin}")
         cdef bint level
-        pthread_mutex_lock(&self.irq_lock)
+        self.irq_lock.acquire()
         level = self.asserted[<uint32_t>pin] != 0
-        pthread_mutex_unlock(&self.irq_lock)
+        self.irq_lock.release()
         return bool(level)
 
     def max_vcpus(self) -> int:
@@ -147,7 +140,7 @@ cdef class ReplayVcpu(Vcpu):
     cdef uint64_t rounds
     cdef uint32_t done               # the last step is behind it; written by: vcpu (release)
     cdef uint32_t immediate_exit
-    cdef pthread_mutex_t idle_lock
+    cdef Lock idle_lock
     cdef pthread_cond_t kicked
     cdef object registers
     cdef list cpuid
@@ -160,7 +153,7 @@ cdef class ReplayVcpu(Vcpu):
         }
         cdef Step *step
         cdef bytes payload
-        pthread_mutex_init(&self.idle_lock, NULL)
+        self.idle_lock = Lock()
         pthread_cond_init(&self.kicked, NULL)
         self.steps = <Step *>calloc(len(script or ()) + 1, sizeof(Step))
         if self.steps == NULL:
@@ -194,14 +187,13 @@ cdef class ReplayVcpu(Vcpu):
 
     def __dealloc__(self) -> None:
         free(self.steps)
-        pthread_mutex_destroy(&self.idle_lock)
         pthread_cond_destroy(&self.kicked)
 
     cdef void set_immediate_exit(self, bint on) noexcept nogil:
-        pthread_mutex_lock(&self.idle_lock)
+        self.idle_lock.acquire()
         st32_rel(&self.immediate_exit, on)
         pthread_cond_signal(&self.kicked)
-        pthread_mutex_unlock(&self.idle_lock)
+        self.idle_lock.release()
 
     cdef int enter(self) noexcept nogil:
         cdef Step *step
@@ -214,10 +206,10 @@ cdef class ReplayVcpu(Vcpu):
                 self.rounds -= 1
                 self.position = 0
             if self.position == self.length:
-                pthread_mutex_lock(&self.idle_lock)
+                self.idle_lock.acquire()
                 while not self.immediate_exit:
-                    pthread_cond_wait(&self.kicked, &self.idle_lock)
-                pthread_mutex_unlock(&self.idle_lock)
+                    pthread_cond_wait(&self.kicked, &self.idle_lock.mutex)
+                self.idle_lock.release()
                 return EXIT_INTERRUPTED
         step = &self.steps[self.position]
         self.position += 1

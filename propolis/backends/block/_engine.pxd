@@ -7,7 +7,7 @@ record that is submitted comes back by `reap` exactly once, and is not touched b
 from libc.stdint cimport uint32_t, uint64_t
 from posix.uio cimport iovec
 
-from propolis._posix cimport pthread_mutex_t
+from propolis._lock cimport Lock
 
 cdef enum IoOp:
     IO_READ = 0
@@ -41,7 +41,7 @@ cdef struct Io:
 cdef class Engine:
     cdef int fd                          # eventfd: readable while completions wait
     cdef uint32_t pending                # submitted, not reaped; written by: the submitter
-    cdef pthread_mutex_t done_lock
+    cdef Lock done_lock
     cdef Io *done_first                  # under: done_lock
     cdef Io *done_last                   # under: done_lock
     cdef set operations                  # Python's, in flight; written by: loop

@@ -6,17 +6,8 @@ from libc.errno cimport EOPNOTSUPP
 from libc.string cimport memset, strerror
 from posix.unistd cimport close
 
-from propolis._posix cimport (
-    EFD_CLOEXEC,
-    EFD_NONBLOCK,
-    eventfd,
-    eventfd_read,
-    eventfd_write,
-    pthread_mutex_destroy,
-    pthread_mutex_init,
-    pthread_mutex_lock,
-    pthread_mutex_unlock,
-)
+from propolis._lock cimport Lock
+from propolis._posix cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd, eventfd_read, eventfd_write
 
 from propolis.errors import BackendError
 
@@ -28,7 +19,7 @@ cdef class Engine:
     """Where the requests of one queue go. This base refuses them all."""
 
     def __cinit__(self, *args: object, **kwargs: object) -> None:
-        pthread_mutex_init(&self.done_lock, NULL)
+        self.done_lock = Lock()
         self.operations = set()
         self.fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         if self.fd < 0:
@@ -37,7 +28,6 @@ cdef class Engine:
     def __dealloc__(self) -> None:
         if self.fd >= 0:
             close(self.fd)
-        pthread_mutex_destroy(&self.done_lock)
 
     cdef void submit(self, Io *io) noexcept nogil:
         self.pending += 1
@@ -51,7 +41,7 @@ cdef class Engine:
     cdef void complete(self, Io *io) noexcept nogil:
         cdef bint first
         io.next = NULL
-        pthread_mutex_lock(&self.done_lock)
+        self.done_lock.acquire()
         first = self.done_first == NULL
         if first:
             self.done_first = io
@@ -61,17 +51,17 @@ cdef class Engine:
         # Inside the lock: once the submitter has reaped its last record it may drop the engine and this descriptor.
         if first:
             eventfd_write(self.fd, 1)
-        pthread_mutex_unlock(&self.done_lock)
+        self.done_lock.release()
 
     cdef Io *reap(self) noexcept nogil:
         cdef uint64_t value = 0
         cdef Io *first
         cdef Io *io
         eventfd_read(self.fd, &value)  # before the list: what completes after we took it rings again
-        pthread_mutex_lock(&self.done_lock)
+        self.done_lock.acquire()
         first = self.done_first
         self.done_first = self.done_last = NULL
-        pthread_mutex_unlock(&self.done_lock)
+        self.done_lock.release()
         io = first
         while io != NULL:
             self.pending -= 1

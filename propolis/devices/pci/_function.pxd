@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from propolis._posix cimport pthread_mutex_t
+from propolis._lock cimport Lock
 from propolis._bus cimport Bus, Region
 from propolis._interrupts cimport IrqLine
 from propolis._vmm cimport Vm
@@ -44,7 +44,7 @@ cdef class PciFunction:
     cdef readonly Msix msix              # or None
     cdef uint32_t msix_offset            # of the capability, 0 without
     cdef bint intx_wanted                # what the device last said; under: lock
-    cdef pthread_mutex_t lock            # taken before the bus lock, the MSI-X lock and irq_lock
+    cdef Lock lock                       # taken before the bus lock, the MSI-X lock and irq_lock
     cdef uint32_t last_capability
     cdef uint32_t capability_end
 

@@ -8,7 +8,7 @@ cimport cython
 from libc.string cimport memcpy
 
 from propolis._atomic cimport ld8_rlx, st8_rlx
-from propolis._posix cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from propolis._lock cimport Lock
 
 cdef enum:
     # PCI 3.0 §6.1, figure 6-1.
@@ -62,10 +62,7 @@ cdef class PciFunction:
         self.slot = -1
         self.capability_end = FIRST_CAPABILITY
         self.owned = []
-        pthread_mutex_init(&self.lock, NULL)
-
-    def __dealloc__(self) -> None:
-        pthread_mutex_destroy(&self.lock)
+        self.lock = Lock()
 
     def __init__(
         self,
@@ -188,9 +185,9 @@ cdef class PciFunction:
         cdef uint32_t value = 0xFFFFFFFF
         if offset >= 256 or size > 4:
             return value
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         memcpy(&value, &self.config[offset], size if size <= 256 - offset else 256 - offset)
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return value
 
     cdef void write_config(self, uint32_t offset, uint32_t size, uint32_t value) noexcept nogil:
@@ -199,7 +196,7 @@ cdef class PciFunction:
         cdef uint8_t mask
         if offset >= 256 or size > 4:
             return
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         for i in range(offset, end if end <= 256 else 256):
             mask = self.writable[i]
             # Relaxed: bus_master reads without the lock.
@@ -209,7 +206,7 @@ cdef class PciFunction:
         if self.msix_offset and offset < self.msix_offset + 4 and end > self.msix_offset + 2:
             self.msix.set_control(self._dword(self.msix_offset) >> 16)
         self._drive()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     cdef uint32_t _dword(self, uint32_t offset) noexcept nogil:
         cdef uint32_t value = 0
@@ -244,10 +241,10 @@ cdef class PciFunction:
         return ld8_rlx(&self.config[COMMAND]) & COMMAND_MASTER != 0
 
     cdef void set_intx(self, bint level) noexcept nogil:
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self.intx_wanted = level
         self._drive()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     cdef void _drive(self) noexcept nogil:
         """Under the lock: the wire and the status bit follow what the device wants and the guest allows."""
@@ -260,12 +257,12 @@ cdef class PciFunction:
 
     def reset(self) -> None:
         """To the state at power-on: nothing decoded, interrupts low; the vCPUs are held."""
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         memcpy(self.config, self.power_on, 256)
         self.intx_wanted = False
         self._decode()
         self._drive()
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         if self.msix is not None:
             self.msix.reset()
 
@@ -293,9 +290,9 @@ cdef class PciFunction:
         found = []
         for i in range(6):
             if self.bars[i] != NULL and (<Bar>self.bars[i]).kind != BAR_UPPER:
-                pthread_mutex_lock(&self.lock)
+                self.lock.acquire()
                 base = (<Bar>self.bars[i]).base
                 decoded = (<Bar>self.bars[i]).decoded
-                pthread_mutex_unlock(&self.lock)
+                self.lock.release()
                 found.append((i, BAR_NAMES[(<Bar>self.bars[i]).kind], (<Bar>self.bars[i]).size, base, bool(decoded)))
         return found

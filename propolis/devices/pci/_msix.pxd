@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
-from propolis._posix cimport pthread_mutex_t
+from propolis._lock cimport Lock
 from propolis._bus cimport Region
 from propolis._interrupts cimport MsiVector
 
@@ -32,7 +32,7 @@ cdef class Msix:
     cdef uint32_t is_enabled             # under: lock; read relaxed
     cdef bint function_masked            # under: lock
     cdef uint64_t dropped                # messages to no local APIC; under: lock
-    cdef pthread_mutex_t lock
+    cdef Lock lock
     cdef list vectors
 
     # Any thread. Masked: it becomes pending. Ignored while MSI-X is disabled and for a vector that is not in the table.

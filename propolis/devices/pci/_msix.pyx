@@ -8,7 +8,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from propolis._atomic cimport ld32_rlx, st32_rlx
-from propolis._posix cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from propolis._lock cimport Lock
 from propolis._vmm cimport Vm
 
 cdef enum:
@@ -31,11 +31,11 @@ cdef class MsixTable(Region):
         cdef uint32_t i
         for i in range(2):  # an unaligned access may reach into the next entry
             if index + i < self.msix.count:
-                pthread_mutex_lock(&self.msix.lock)
+                self.msix.lock.acquire()
                 memcpy(raw + ENTRY_SIZE * i, &self.msix.entries[index + i].address, 8)
                 memcpy(raw + ENTRY_SIZE * i + 8, &self.msix.entries[index + i].data, 4)
                 memcpy(raw + ENTRY_SIZE * i + 12, &self.msix.entries[index + i].control, 4)
-                pthread_mutex_unlock(&self.msix.lock)
+                self.msix.lock.release()
             else:
                 memset(raw + ENTRY_SIZE * i, 0xFF, ENTRY_SIZE)
         memcpy(&value, raw + offset % ENTRY_SIZE, size if size <= 8 else 8)
@@ -48,7 +48,7 @@ cdef class MsixTable(Region):
         # Anything but an aligned word of four or eight bytes is undefined by §6.8.2: dropped.
         if (size != 4 and size != 8) or offset % size != 0 or index >= self.msix.count:
             return
-        pthread_mutex_lock(&self.msix.lock)
+        self.msix.lock.acquire()
         entry = &self.msix.entries[index]
         if field == 0:
             if size == 8:
@@ -64,7 +64,7 @@ cdef class MsixTable(Region):
         else:
             entry.control = <uint32_t>value & ENTRY_MASKED
         self.msix._settle(entry)
-        pthread_mutex_unlock(&self.msix.lock)
+        self.msix.lock.release()
 
 
 cdef class MsixPba(Region):
@@ -77,11 +77,11 @@ cdef class MsixPba(Region):
         cdef uint64_t value = 0
         cdef uint64_t first = offset * 8
         cdef uint32_t i
-        pthread_mutex_lock(&self.msix.lock)
+        self.msix.lock.acquire()
         for i in range(size * 8 if size <= 8 else 64):
             if first + i < self.msix.count and self.msix.entries[first + i].pending:
                 value |= <uint64_t>1 << i
-        pthread_mutex_unlock(&self.msix.lock)
+        self.msix.lock.release()
         return value
 
     cdef void write(self, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil:
@@ -97,7 +97,7 @@ cdef class Msix:
         self.entries = <Entry *>calloc(self.count, sizeof(Entry))
         if self.entries == NULL:
             raise MemoryError
-        pthread_mutex_init(&self.lock, NULL)
+        self.lock = Lock()
         self.vectors = [MsiVector(vm) for _ in range(count)]
         for i in range(self.count):
             self.entries[i].vector = <void *>self.vectors[i]
@@ -109,7 +109,6 @@ cdef class Msix:
     def __dealloc__(self) -> None:
         if self.entries != NULL:
             free(self.entries)
-            pthread_mutex_destroy(&self.lock)
 
     cdef bint enabled(self) noexcept nogil:
         return ld32_rlx(&self.is_enabled) != 0
@@ -117,25 +116,25 @@ cdef class Msix:
     cdef void fire(self, uint32_t vector) noexcept nogil:
         if vector >= self.count:
             return
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if self.is_enabled:
             if self.entries[vector].silent:
                 self.entries[vector].pending = True
             else:
                 self._send(&self.entries[vector])
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     cdef void set_control(self, uint32_t control) noexcept nogil:
         cdef uint32_t i
         cdef bint enable = control & CONTROL_ENABLE != 0
         cdef bint mask = control & CONTROL_FUNCTION_MASK != 0
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         if enable != (self.is_enabled != 0) or mask != self.function_masked:
             st32_rlx(&self.is_enabled, enable)
             self.function_masked = mask
             for i in range(self.count):
                 self._settle(&self.entries[i])
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     cdef void _settle(self, Entry *entry) noexcept nogil:
         """Under the lock: the vector follows its entry after either changed."""
@@ -163,12 +162,12 @@ cdef class Msix:
         """An eventfd that fires this vector without us, obeying the guest's masks. Raises HypervisorError."""
         cdef MsiVector lent = self.vectors[vector]
         # The lock: a guest that writes the entry meanwhile would leave the route with what was there before.
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         try:
             fd = lent.lend()
             lent.set_masked(self.entries[<uint32_t>vector].silent)
         finally:
-            pthread_mutex_unlock(&self.lock)
+            self.lock.release()
         return fd
 
     def trigger(self, vector: int) -> None:
@@ -184,17 +183,17 @@ cdef class Msix:
         """All vectors masked, none pending, MSI-X disabled; the vCPUs are held."""
         cdef uint32_t i
         self.set_control(0)
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         for i in range(self.count):
             self.entries[i].address = 0
             self.entries[i].data = 0
             self.entries[i].control = ENTRY_MASKED
             self._settle(&self.entries[i])
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     def stats(self) -> dict:
         cdef uint64_t dropped
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         dropped = self.dropped
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return {"dropped": dropped}

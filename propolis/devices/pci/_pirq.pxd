@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint32_t
 
-from propolis._posix cimport pthread_mutex_t
+from propolis._lock cimport Lock
 from propolis.devices.pci._function cimport PciFunction
 
 cdef enum:
@@ -14,7 +14,7 @@ cdef class PirqRouter:
     cdef void *wires[LINKS][MAX_WIRES]   # borrowed IrqLine; under: lock
     cdef uint32_t counts[LINKS]          # under: lock
     cdef int pins[LINKS]                 # under: lock
-    cdef pthread_mutex_t lock            # taken after a function's lock, before irq_lock
+    cdef Lock lock                       # taken after a function's lock, before irq_lock
     cdef list owned
 
     cdef void follow(self, const uint8_t *registers) noexcept nogil

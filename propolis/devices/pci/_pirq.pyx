@@ -6,7 +6,7 @@ Bit 7 set: the link is not routed; otherwise bits 3:0 name the interrupt, of whi
 
 from libc.string cimport memcpy
 
-from propolis._posix cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from propolis._lock cimport Lock
 from propolis._interrupts cimport IrqLine
 from propolis._vmm cimport Vm
 
@@ -22,10 +22,7 @@ cdef class PirqRouter:
         self.owned = []
         for i in range(LINKS):
             self.pins[i] = -1
-        pthread_mutex_init(&self.lock, NULL)
-
-    def __dealloc__(self) -> None:
-        pthread_mutex_destroy(&self.lock)
+        self.lock = Lock()
 
     def connect(self, IrqLine wire, link: int) -> None:
         """Wires an interrupt pin to link 0 (A) to 3 (D)."""
@@ -33,17 +30,17 @@ cdef class PirqRouter:
         if index >= LINKS or self.counts[index] == MAX_WIRES:
             raise ValueError(f"no room on PIRQ link {link}")
         self.owned.append(wire)
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self.wires[index][self.counts[index]] = <void *>wire
         self.counts[index] += 1
         wire.route(self.pins[index])
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     def disconnect(self, IrqLine wire) -> None:
         """Takes a pin off its link; it is not routed any more."""
         cdef int i
         cdef uint32_t j
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         for i in range(LINKS):
             for j in range(self.counts[i]):
                 if self.wires[i][j] == <void *>wire:
@@ -51,7 +48,7 @@ cdef class PirqRouter:
                     self.wires[i][j] = self.wires[i][self.counts[i]]
                     break
         wire.route(-1)
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         if wire in self.owned:
             self.owned.remove(wire)
 
@@ -60,7 +57,7 @@ cdef class PirqRouter:
         cdef int i
         cdef uint32_t j
         cdef int pin
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         for i in range(LINKS):
             pin = registers[i] & 0x0F
             if registers[i] & PIRQ_DISABLED or not VALID_IRQS >> pin & 1:
@@ -69,16 +66,15 @@ cdef class PirqRouter:
                 self.pins[i] = pin
                 for j in range(self.counts[i]):
                     (<IrqLine>self.wires[i][j]).route(pin)
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     def routes(self) -> list:
         """The interrupt of each link, -1 for none."""
         cdef int pins[LINKS]
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         memcpy(pins, self.pins, sizeof(pins))
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return [pins[0], pins[1], pins[2], pins[3]]
-
 
 cdef class IsaBridge(PciFunction):
     def __init__(self, Vm vm, PirqRouter router, name: str, **identity: int) -> None:
@@ -92,9 +88,9 @@ cdef class IsaBridge(PciFunction):
             self._route()
 
     cdef void _route(self) noexcept nogil:
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         self.router.follow(&self.config[PIRQ_REGISTERS])
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
 
     def reset(self) -> None:
         PciFunction.reset(self)

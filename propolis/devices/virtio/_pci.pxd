@@ -5,7 +5,7 @@ Locks, in the order they are taken: register_lock, isr_lock, then those of the P
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from propolis._posix cimport pthread_mutex_t
+from propolis._lock cimport Lock
 from propolis._bus cimport Region, Window
 from propolis.devices.pci._function cimport PciFunction
 from propolis.devices.virtio._queue cimport Notifier
@@ -48,7 +48,7 @@ cdef class VirtioPci(PciFunction):
     cdef Window msix_window
     cdef uint32_t access_capability      # offset of the PCI configuration access capability
     cdef uint32_t slot_in_mailbox
-    cdef pthread_mutex_t register_lock
+    cdef Lock register_lock
     # under: register_lock, all that follow
     cdef uint32_t status                 # read relaxed by others
     cdef bint live                       # DRIVER_OK was announced to the loop, which owns the queues from then on
@@ -67,7 +67,7 @@ cdef class VirtioPci(PciFunction):
     cdef bint config_changed             # since the driver last read any of it
     cdef uint64_t ignored                # accesses that were not allowed
     cdef uint32_t bad_queue              # RingError of the last refused queue_enable; read relaxed
-    cdef pthread_mutex_t isr_lock
+    cdef Lock isr_lock
     cdef uint32_t isr                    # under: isr_lock
 
     cdef uint64_t common_read(self, uint64_t offset, uint32_t size) noexcept nogil

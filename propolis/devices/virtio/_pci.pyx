@@ -9,7 +9,7 @@ cimport cython
 from libc.string cimport memcpy, memset
 
 from propolis._atomic cimport ld16_rlx, ld32_rlx, st16_rlx, st32_rlx
-from propolis._posix cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from propolis._lock cimport Lock
 from propolis._interrupts cimport Doorbell
 from propolis._vmm cimport Vm
 from propolis.devices.pci._msix cimport NO_VECTOR
@@ -125,12 +125,8 @@ cdef class VirtioPci(PciFunction):
     """One virtio device on the PCI bus. `on_event(bits)` runs on the loop."""
 
     def __cinit__(self, *args: object, **kwargs: object) -> None:
-        pthread_mutex_init(&self.register_lock, NULL)
-        pthread_mutex_init(&self.isr_lock, NULL)
-
-    def __dealloc__(self) -> None:
-        pthread_mutex_destroy(&self.register_lock)
-        pthread_mutex_destroy(&self.isr_lock)
+        self.register_lock = Lock()
+        self.isr_lock = Lock()
 
     def __init__(
         self,
@@ -210,7 +206,7 @@ cdef class VirtioPci(PciFunction):
         if offset >= COMMON_LENGTH or size > 8:
             return 0
         memset(image, 0, sizeof(image))
-        pthread_mutex_lock(&self.register_lock)
+        self.register_lock.acquire()
         memcpy(&image[DEVICE_FEATURE_SELECT], &self.device_select, 4)
         if self.device_select < 2:
             word = <uint32_t>(self.offered >> 32 * self.device_select)
@@ -232,7 +228,7 @@ cdef class VirtioPci(PciFunction):
             memcpy(&image[QUEUE_ENABLE], &queue.enabled, 2)
             memcpy(&image[QUEUE_NOTIFY_OFF], &self.queue_select, 2)
             memcpy(&image[QUEUE_DESC], queue.address, 24)
-        pthread_mutex_unlock(&self.register_lock)
+        self.register_lock.release()
         memcpy(&value, &image[offset], size)
         return value
 
@@ -240,7 +236,7 @@ cdef class VirtioPci(PciFunction):
         """Writes count when they are a field's natural access (§4.1.3.1) and the field may change now."""
         cdef bint taken = False
         cdef uint32_t shift
-        pthread_mutex_lock(&self.register_lock)
+        self.register_lock.acquire()
         if self.resetting:
             pass
         elif size == 1:
@@ -273,7 +269,7 @@ cdef class VirtioPci(PciFunction):
                 taken = self._write_queue(offset, size, value)
         if not taken:
             self.ignored += 1
-        pthread_mutex_unlock(&self.register_lock)
+        self.register_lock.release()
 
     cdef bint _write_queue(self, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil:
         """A register of the selected queue. All but its vector are frozen once it is enabled or the driver is ready."""
@@ -345,10 +341,10 @@ cdef class VirtioPci(PciFunction):
     cdef void _clear(self) noexcept nogil:
         """The state after a reset; nobody uses the queues."""
         cdef uint32_t i
-        pthread_mutex_lock(&self.isr_lock)
+        self.isr_lock.acquire()
         self.isr = 0
         self.set_intx(False)
-        pthread_mutex_unlock(&self.isr_lock)
+        self.isr_lock.release()
         self.device_select = self.driver_select = 0
         self.accepted = 0
         self.queue_select = 0
@@ -372,20 +368,20 @@ cdef class VirtioPci(PciFunction):
         cdef bint messages = self.msix.enabled()
         if isr_bit == ISR_CONFIG or not messages:
             # One lock for bit and wire: a read of the register between the two would lower a wire just raised.
-            pthread_mutex_lock(&self.isr_lock)
+            self.isr_lock.acquire()
             self.isr |= isr_bit
             self.set_intx(True)
-            pthread_mutex_unlock(&self.isr_lock)
+            self.isr_lock.release()
         if messages and vector != NO_VECTOR:
             self.msix.fire(vector)
 
     cdef uint64_t isr_read(self) noexcept nogil:
         cdef uint32_t value
-        pthread_mutex_lock(&self.isr_lock)
+        self.isr_lock.acquire()
         value = self.isr
         self.isr = 0
         self.set_intx(False)
-        pthread_mutex_unlock(&self.isr_lock)
+        self.isr_lock.release()
         return value
 
     # -- device configuration ------------------------------------------------------------------------------------------
@@ -394,19 +390,19 @@ cdef class VirtioPci(PciFunction):
         cdef uint64_t value = 0
         if offset >= self.config_length or size > 8:
             return 0
-        pthread_mutex_lock(&self.register_lock)
+        self.register_lock.acquire()
         if self.config_changed:
             self.config_changed = False
             self.generation += 1
         memcpy(&value, &self.device_config[offset], min(<uint64_t>size, self.config_length - offset))
-        pthread_mutex_unlock(&self.register_lock)
+        self.register_lock.release()
         return value
 
     cdef void device_write(self, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil:
         cdef uint32_t i
         cdef uint8_t mask
         cdef bint taken = False
-        pthread_mutex_lock(&self.register_lock)
+        self.register_lock.acquire()
         for i in range(size):
             if not self.resetting and offset < self.config_length and i < self.config_length - offset:
                 mask = self.config_mask[offset + i]
@@ -417,7 +413,7 @@ cdef class VirtioPci(PciFunction):
             self.vm.mailbox.post(self.slot_in_mailbox, EVENT_CONFIG)
         else:
             self.ignored += 1
-        pthread_mutex_unlock(&self.register_lock)
+        self.register_lock.release()
 
     # -- PCI configuration space ---------------------------------------------------------------------------------------
 
@@ -445,9 +441,9 @@ cdef class VirtioPci(PciFunction):
         cdef uint32_t length = 0
         cdef uint32_t data = 0
         cdef uint64_t value
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         memcpy(copy, &self.config[self.access_capability], sizeof(copy))
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         memcpy(&offset, &copy[ACCESS_OFFSET], 4)
         memcpy(&length, &copy[ACCESS_LENGTH], 4)
         memcpy(&data, &copy[ACCESS_DATA], 4)
@@ -457,27 +453,27 @@ cdef class VirtioPci(PciFunction):
             self.window.write(offset, length, data)
             return True
         value = self.window.read(offset, length)  # not under the function's lock: the ISR takes it
-        pthread_mutex_lock(&self.lock)
+        self.lock.acquire()
         memcpy(&self.config[self.access_capability + ACCESS_DATA], &value, length)
-        pthread_mutex_unlock(&self.lock)
+        self.lock.release()
         return True
 
     # -- for the device, on the loop -----------------------------------------------------------------------------------
 
     def finish_reset(self) -> None:
         """The device is drained: the guest sees status 0."""
-        pthread_mutex_lock(&self.register_lock)
+        self.register_lock.acquire()
         self._clear()
-        pthread_mutex_unlock(&self.register_lock)
+        self.register_lock.release()
 
     def need_reset(self) -> None:
         """Sets DEVICE_NEEDS_RESET and tells the driver (§2.1.2)."""
         cdef bint tell
-        pthread_mutex_lock(&self.register_lock)
+        self.register_lock.acquire()
         tell = self.status & STATUS_DRIVER_OK and not self.resetting
         if self.status and not self.resetting:
             st32_rlx(&self.status, self.status | STATUS_NEEDS_RESET)
-        pthread_mutex_unlock(&self.register_lock)
+        self.register_lock.release()
         if tell:
             self.interrupt(ISR_CONFIG, ld16_rlx(&self.config_vector))
 
@@ -486,12 +482,12 @@ cdef class VirtioPci(PciFunction):
         cdef bint tell
         if offset < 0 or offset + len(value) > self.config_length:
             raise ValueError(f"{self.name}: configuration bytes {offset}, {len(value)} long")
-        pthread_mutex_lock(&self.register_lock)
+        self.register_lock.acquire()
         for i, byte in enumerate(value):
             self.device_config[offset + i] = byte
         self.config_changed = True
         tell = self.status & STATUS_DRIVER_OK != 0
-        pthread_mutex_unlock(&self.register_lock)
+        self.register_lock.release()
         if tell:
             self.interrupt(ISR_CONFIG, ld16_rlx(&self.config_vector))
 
@@ -507,9 +503,9 @@ cdef class VirtioPci(PciFunction):
     def is_resetting(self) -> bool:
         """Whether the guest waits for finish_reset."""
         cdef bint answer
-        pthread_mutex_lock(&self.register_lock)
+        self.register_lock.acquire()
         answer = self.resetting
-        pthread_mutex_unlock(&self.register_lock)
+        self.register_lock.release()
         return answer
 
     @property
