@@ -10,7 +10,7 @@ from propolis.devices.virtio._queue import Queue
 
 log = logging.getLogger(__name__)
 
-# Events of _pci.pxd.
+# Events of _registers.pxd.
 ACTIVATE = 1
 RESET = 2
 BROKEN = 4
@@ -157,13 +157,13 @@ class VirtioDevice(Device):
         bits, self._events = self._events, 0
         if bits & BROKEN and not self._was_logged:
             self._was_logged = True
-            log.warning("device needs reset: device=%s reason=%r", self.name, self.function.queue_failure)
-        if bits & RESET and self.function.is_resetting:
+            log.warning("device needs reset: device=%s reason=%r", self.name, self.function.common.queue_failure)
+        if bits & RESET and self.function.common.is_resetting:
             self._begin_reset()
-        elif bits & ACTIVATE and self.function.device_status & DRIVER_OK and not self._is_active:
+        elif bits & ACTIVATE and self.function.common.device_status & DRIVER_OK and not self._is_active:
             self._is_active = True
-            log.info("driver is ready: device=%s features=%#x", self.name, self.function.features)
-            self.activate(self.function.features)
+            log.info("driver is ready: device=%s features=%#x", self.name, self.function.common.features)
+            self.activate(self.function.common.features)
             self._start_listening()
         if bits & CONFIG and self._is_active:
             self.config_written()
@@ -188,7 +188,7 @@ class VirtioDevice(Device):
         for doorbell in self.function.doorbells:
             doorbell.drain()
         self.deactivate()
-        self.function.finish_reset()
+        self.function.common.finish_reset()
 
     def _forget_patience(self) -> None:
         if self._patience is not None:

@@ -140,7 +140,7 @@ async def test_registers_while_the_loop_works(make_rig: MakeRig, pool: IoPool, t
         for i in range(64):
             disk.send(IN, i, room=SECTOR)
         await until(lambda: processor.is_done, "the end of the script", 60)
-    await until(lambda: not disk.device.function.is_resetting, "the end of the last reset")
+    await until(lambda: not disk.device.function.common.is_resetting, "the end of the last reset")
     await driver.reset()
     disk.rig.ram.next = 0x200000
     driver.place_bars()
