@@ -16,6 +16,7 @@ from propolis.hypervisor._kvm import KvmVm
 from propolis.hypervisor.cpuid import HYPERVISOR_LEAVES, SIGNIFICANT_INDEX, Entry
 from propolis.names import NameLock
 from tests.machine import kernels, tiny
+from tests.machine.conftest import GUEST_PAGES, free_huge_pages
 from tests.machine.guest import SLOWER, Guest
 
 pytestmark = [pytest.mark.kvm, pytest.mark.program]
@@ -459,18 +460,13 @@ def _mappings(pid: int) -> str:
     return Path(f"/proc/{pid}/smaps").read_text()
 
 
-def _free_huge_pages() -> int:
-    found = re.search(r"^HugePages_Free:\s+(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    return int(found[1]) if found else 0
-
-
 @pytest.mark.parametrize(
     ("backing", "mapping"), [("anonymous", ""), ("memfd", "/memfd:"), ("hugetlb", "KernelPageSize:     2048 kB\n")]
 )
-async def test_memory_backings(tmp_path: Path, backing: str, mapping: str) -> None:
+async def test_memory_backings(tmp_path: Path, backing: str, mapping: str, request: pytest.FixtureRequest) -> None:
     """The guest runs in each, and reboots."""
-    if backing == "hugetlb" and _free_huge_pages() < 32:
-        pytest.skip("this host has not 32 free huge pages (sysctl vm.nr_hugepages=32)")
+    if backing == "hugetlb":
+        request.getfixturevalue("huge_pages")
     async with tiny.guest(tmp_path, main=f'memory_backing = "{backing}"') as vm:
         await ready(vm)
         assert vm.process is not None
@@ -483,7 +479,7 @@ async def test_memory_backings(tmp_path: Path, backing: str, mapping: str) -> No
 
 def test_huge_pages_that_are_not_there(tmp_path: Path) -> None:
     """One line that says so."""
-    if _free_huge_pages() >= 32:
+    if free_huge_pages() >= GUEST_PAGES:
         pytest.skip("this host has enough huge pages")
     tiny.write(tmp_path, main='memory_backing = "hugetlb"')
     ended = tiny.run(tmp_path)

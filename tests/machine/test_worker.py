@@ -14,7 +14,7 @@ import pytest
 from propolis.keeper_protocol import StartOptions
 from propolis.lifecycle import State
 from propolis.run_directory import RunDirectory
-from propolis.spec import DirectBoot, Spec
+from propolis.spec import DirectBoot, MemoryBacking, Spec
 from propolis.zygote import Zygote
 from tests.machine import kernels
 from tests.machine.guest import SLOWER
@@ -39,12 +39,20 @@ def directory(tmp_path: Path) -> Iterator[RunDirectory]:
 class Guest:
     """A VM with the monitor kernel, started."""
 
-    def __init__(self, zygote: Zygote, directory: RunDirectory, folder: Path) -> None:
+    def __init__(
+        self, zygote: Zygote, directory: RunDirectory, folder: Path, memory_backing: MemoryBacking = "anonymous"
+    ) -> None:
         self._zygote = zygote
         self._directory = directory
         kernel = folder / "kernel"
         kernel.write_bytes(kernels.monitor())
-        self._spec = Spec(name="guest", cpus=2, memory_mib=64, boot=DirectBoot(kernel=str(kernel)))
+        self._spec = Spec(
+            name="guest",
+            cpus=2,
+            memory_mib=64,
+            memory_backing=memory_backing,
+            boot=DirectBoot(kernel=str(kernel)),
+        )
         self.vm: RunningVm
 
     async def __aenter__(self) -> Self:
@@ -119,6 +127,17 @@ async def test_a_worker_that_is_killed(directory: RunDirectory, tmp_path: Path) 
             after = directory.state()
             assert after is not None
             assert after.generation > before.generation
+
+
+@pytest.mark.usefixtures("huge_pages")
+async def test_huge_pages_come_back(directory: RunDirectory, tmp_path: Path) -> None:
+    """From a jailed worker that is killed while its guest runs in them; the fixture looks whether they are back."""
+    async with await Zygote.spawn() as zygote, Guest(zygote, directory, tmp_path, "hugetlb") as guest:
+        await guest.prints(GREETING)
+        assert guest.vm.worker_pid is not None
+        assert "KernelPageSize:     2048 kB\n" in Path(f"/proc/{guest.vm.worker_pid}/smaps").read_text()
+        os.kill(guest.vm.worker_pid, signal.SIGKILL)
+        await ended(guest.vm)
 
 
 async def test_an_idle_worker_needs_little_memory(directory: RunDirectory, tmp_path: Path) -> None:
