@@ -135,7 +135,7 @@ async def test_huge_pages_come_back(directory: RunDirectory, tmp_path: Path) -> 
     async with await Zygote.spawn() as zygote, Guest(zygote, directory, tmp_path, "hugetlb") as guest:
         await guest.prints(GREETING)
         assert guest.vm.worker_pid is not None
-        assert "KernelPageSize:     2048 kB\n" in Path(f"/proc/{guest.vm.worker_pid}/smaps").read_text()
+        assert "KernelPageSize:     2048 kB\n" in _mappings(guest.vm.worker_pid)
         os.kill(guest.vm.worker_pid, signal.SIGKILL)
         await ended(guest.vm)
 
@@ -147,6 +147,10 @@ async def test_an_idle_worker_needs_little_memory(directory: RunDirectory, tmp_p
         assert guest.vm.worker_pid is not None
         own = sum(_private_kib(pid, guest_mib=64) for pid in (guest.vm.keeper_pid, guest.vm.worker_pid))
         assert own <= 12 << 10
+
+
+def _mappings(pid: int) -> str:
+    return Path(f"/proc/{pid}/smaps").read_text()
 
 
 def _private_kib(pid: int, guest_mib: int) -> int:
