@@ -25,7 +25,7 @@ from propolis.errors import HypervisorError, PauseError
 from propolis.firmware import acpi, boot, layout, nvram, smbios
 from propolis.firmware.boot_order import boot_order
 from propolis.firmware.bootrom import load as load_bootrom
-from propolis.hypervisor import create_vcpu, hyperv, open_vm
+from propolis.hypervisor import hyperv, open_vm
 from propolis.hypervisor.cpuid import SIGNIFICANT_INDEX, Entry, machine_cpuid, vcpu_cpuid
 from propolis.hypervisor.cpuid_profile import leaves_on
 from propolis.lifecycle import GuestEvent
@@ -123,7 +123,7 @@ class Machine:
         if spec.hypervisor_interface == "hyper-v":
             self.cpuid += hyperv.leaves(self.vm.supported_hyperv(), spec.hyperv_features, model.MAX_CPUS)
         for index in range(spec.cpus):
-            vcpu = create_vcpu(self.vm, index, self._vcpu_events(index))
+            vcpu = self.vm.create_vcpu(index, self._vcpu_events(index))
             undo.callback(vcpu.close)
             vcpu.set_cpuid(vcpu_cpuid(self.cpuid, index))
             self.vcpus.append(vcpu)

@@ -4,7 +4,6 @@ A back end is a subclass each of `Vm` and `Vcpu` with the names below, which are
 one lacks is emulated inside it. `machine.py` sees nothing else of a hypervisor.
 """
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from propolis.errors import HypervisorError
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     MachineVcpu = KvmVcpu | ReplayVcpu
 
 VM_NAMES = (
-    "max_vcpus", "has_deadline_timer", "supported_cpuid", "supported_hyperv",
+    "create_vcpu", "max_vcpus", "has_deadline_timer", "supported_cpuid", "supported_hyperv",
     "map_memory", "inject_nmi", "reset", "close",
 )  # fmt: skip
 VCPU_NAMES = (
@@ -36,14 +35,3 @@ def open_vm(backend: str, kvm_fd: int = -1) -> "MachineVm":
 
         return ReplayVm()
     raise HypervisorError(f"hypervisor {backend!r}: expected kvm or replay")
-
-
-def create_vcpu(vm: "MachineVm", index: int, on_event: Callable[[int], object]) -> "MachineVcpu":
-    """A held vCPU of the VM's own back end, whose events reach `on_event` through the mailbox."""
-    from propolis.hypervisor._replay import ReplayVcpu, ReplayVm
-
-    if isinstance(vm, ReplayVm):
-        return ReplayVcpu(vm, index, on_event)
-    from propolis.hypervisor._kvm import KvmVcpu
-
-    return KvmVcpu(vm, index, on_event)

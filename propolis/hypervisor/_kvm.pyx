@@ -126,6 +126,10 @@ cdef class KvmVm(Vm):
         """KVM_CHECK_EXTENSION."""
         return call(self.kvm_fd, kvm.KVM_CHECK_EXTENSION, <void *><uint64_t>number, "ask for a KVM capability")
 
+    def create_vcpu(self, index: int, on_event) -> Vcpu:
+        """A held vCPU, whose events reach `on_event` through the mailbox."""
+        return KvmVcpu(self, index, on_event)
+
     def max_vcpus(self) -> int:
         return self.capability(kvm.KVM_CAP_MAX_VCPUS)
 

@@ -99,6 +99,10 @@ cdef class ReplayVm(Vm):
         self.irq_lock.release()
         return bool(level)
 
+    def create_vcpu(self, index: int, on_event) -> Vcpu:
+        """A held vCPU, whose events reach `on_event` through the mailbox."""
+        return ReplayVcpu(self, index, on_event)
+
     def max_vcpus(self) -> int:
         return 64
 

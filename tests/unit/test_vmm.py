@@ -10,7 +10,7 @@ import pytest
 from propolis._interrupts import Doorbell
 from propolis.devices.pci._msix import Msix
 from propolis.errors import HypervisorError
-from propolis.hypervisor import VCPU_NAMES, VM_NAMES, create_vcpu, open_vm
+from propolis.hypervisor import VCPU_NAMES, VM_NAMES, open_vm
 from propolis.hypervisor._kvm import KvmVcpu, KvmVm
 from propolis.hypervisor._replay import ReplayVcpu, ReplayVm
 from tests import rig
@@ -185,7 +185,7 @@ def test_vcpus_come_and_go() -> None:
 
 def test_the_back_end_is_chosen_by_name() -> None:
     vm = open_vm("replay")
-    vcpu = create_vcpu(vm, 3, print)
+    vcpu = vm.create_vcpu(3, print)
     assert (type(vm), type(vcpu), vcpu.index) == (ReplayVm, ReplayVcpu, 3)
     vcpu.close()
     vm.close()
