@@ -21,6 +21,7 @@ from propolis.devices.ramfb import Ramfb
 from propolis.devices.rtc import RealTimeClock
 from propolis.devices.serial import Serial
 from propolis.devices.virtio.blk import VirtioBlk
+from propolis.devices.virtio.rng import VirtioRng
 from propolis.firmware.board import Board as TableBoard
 from propolis.firmware.layout import ram_ranges
 
@@ -75,6 +76,8 @@ class Board:
                 self._add_disk(vm, device, spec.backends[device.backend], keeper, undo)
             elif isinstance(device, model.Pvpanic) and device.enable_isa:
                 self.devices.append(Pvpanic(vm, power))
+            elif isinstance(device, model.SmallDevice):
+                self._add_small(vm, device)
         if self.ramfb is not None:
             self.devices.append(self.ramfb)
 
@@ -99,6 +102,11 @@ class Board:
         )
         self.chipset.bus.add(disk.function, device.pci_path.device, device.pci_path.function)
         self.devices.append(disk)
+
+    def _add_small(self, vm: Vm, device: model.SmallDevice) -> None:
+        made = VirtioRng(vm, device.name, bytes_per_second=device.bytes_per_second)
+        self.chipset.bus.add(made.function, device.pci_path.device, device.pci_path.function)
+        self.devices.append(made)
 
     def program(self) -> None:
         """What firmware does on a real machine: assigns BARs and interrupts, switches decoding on."""

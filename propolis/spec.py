@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 import msgspec
 
 from propolis.errors import ConfigError
+from propolis.pci_path import PciPath as PciPath  # noqa: PLC0414 -- whoever has a Spec finds it here
+from propolis.small_devices import SmallDevice as SmallDevice  # noqa: PLC0414 -- likewise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,38 +62,6 @@ class SpecError(ConfigError):
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__("\n".join(map(str, problems)))
         self.problems = problems
-
-
-class PciPath(msgspec.Struct, frozen=True, order=True):
-    """Where a function sits on the PCI bus, written "bus.device.function" in decimal."""
-
-    bus: int
-    device: int
-    function: int
-
-    @classmethod
-    def parse(cls, text: str) -> PciPath:
-        """Read "0.4.0"; ValueError says what was expected."""
-        parts = text.split(".")
-        if len(parts) != 3 or not all(part.isascii() and part.isdigit() and len(part) <= 3 for part in parts):
-            raise ValueError('expected a PCI path "bus.device.function" in decimal, such as "0.4.0"')
-        path = cls(*map(int, parts))
-        if wrong := path.range_problem():
-            raise ValueError(wrong)
-        return path
-
-    def range_problem(self) -> str | None:
-        """What is wrong with the numbers themselves, if anything."""
-        if self.bus != 0:
-            return f"PCI bus {self.bus} does not exist: expected bus 0"
-        if not 0 <= self.device <= 31:
-            return f"PCI device {self.device} does not exist: expected 0 to 31"
-        if not 0 <= self.function <= 7:
-            return f"PCI function {self.function} does not exist: expected 0 to 7"
-        return None
-
-    def __str__(self) -> str:
-        return f"{self.bus}.{self.device}.{self.function}"
 
 
 BOARD_FUNCTIONS = {
@@ -155,7 +125,7 @@ class Screen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     name: str
 
 
-Device = VirtioBlock | Pvpanic | Screen
+Device = VirtioBlock | Pvpanic | Screen | SmallDevice
 
 
 class FileBlock(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="file"):
@@ -192,6 +162,8 @@ class CloudInit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 Backend = FileBlock | BlobBlock | CloudInit
+
+_SINGLE: dict[type[Device], str] = {Screen: "screen", Pvpanic: "pvpanic"}
 
 
 class SerialPort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -376,8 +348,8 @@ def _boot_order_problems(order: BootOrder, devices: tuple[Device, ...]) -> Itera
         where = ("boot_order", "devices", index)
         if name not in there:
             yield Problem(where, f"there is no device {name[:MAX_NAME]!r}")
-        elif isinstance(there[name], Pvpanic):
-            yield Problem(where, f"nothing can be booted from device {name!r}, a pvpanic")
+        elif isinstance(there[name], Pvpanic | SmallDevice):
+            yield Problem(where, f"nothing can be booted from device {name!r}, a {there[name].__struct_config__.tag}")
         elif name in seen:
             yield Problem(where, f"device {name!r} is given twice")
         seen.add(name)
@@ -389,17 +361,18 @@ def _device_problems(spec: Spec) -> Iterator[Problem]:
     owners: dict[PciPath, str] = {}
     users: dict[str, str] = {}
     only: dict[type[Device], str] = {}  # the first of what a VM has at most one of
-    present = {device.pci_path for device in spec.devices if isinstance(device, VirtioBlock)} | BOARD_FUNCTIONS.keys()
+    present = {device.pci_path for device in spec.devices if not isinstance(device, Pvpanic | Screen)}
+    present |= BOARD_FUNCTIONS.keys()
     for index, device in enumerate(spec.devices):
         if wrong := _label_problem(device.name):
             yield Problem(("devices", index, "name"), wrong)
         elif device.name in names:
             yield Problem(("devices", index, "name"), f"a second device is named {device.name!r}")
         names.add(device.name)
-        if not isinstance(device, VirtioBlock):
-            if (first_one := only.setdefault(type(device), device.name)) != device.name:
-                kind = "screen" if isinstance(device, Screen) else "pvpanic"
-                yield Problem(("devices", index), f"a VM has at most one {kind}, and {first_one!r} is it")
+        single = only.setdefault(type(device), device.name)
+        if type(device) in _SINGLE and single != device.name:
+            yield Problem(("devices", index), f"a VM has at most one {_SINGLE[type(device)]}, and {single!r} is it")
+        if isinstance(device, Pvpanic | Screen):
             continue
         if wrong := device.pci_path.range_problem() or _conflict(device.pci_path, owners):
             yield Problem(("devices", index, "pci_path"), wrong)
@@ -407,6 +380,10 @@ def _device_problems(spec: Spec) -> Iterator[Problem]:
             wrong = f"a guest does not look at PCI path {device.pci_path} unless {first} is there"
             yield Problem(("devices", index, "pci_path"), wrong)
         owners.setdefault(device.pci_path, device.name)
+        if not isinstance(device, VirtioBlock):
+            for field, message in device.problems():
+                yield Problem(("devices", index, *field), message)
+            continue
         if device.backend not in spec.backends:
             yield Problem(("devices", index, "backend"), f"there is no block backend {device.backend!r}")
         elif (user := users.setdefault(device.backend, device.name)) != device.name:

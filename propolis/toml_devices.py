@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from propolis import spec as model
+from propolis.small_devices import VirtioRng
 from propolis.toml_table import (
     NOT_HERE,
     Log,
@@ -146,11 +147,15 @@ class DeviceTables:
         return os.path.join(self._folder, path)
 
 
+def _take_pci_path(table: Table) -> model.PciPath:
+    return table.require("pci-path", _pci_path, _NOWHERE, 'a PCI path such as "0.4.0"')
+
+
 def _virtio_block(name: str, table: Table) -> model.Device:
     return model.VirtioBlock(
         name=name,
         backend=table.require("block_dev", text, "", "the name of a [block_dev.NAME]"),
-        pci_path=table.require("pci-path", _pci_path, _NOWHERE, 'a PCI path such as "0.4.0"'),
+        pci_path=_take_pci_path(table),
         queues=table.take("queues", whole, 1),
         serial=table.take("serial", text, None),
     )
@@ -160,12 +165,21 @@ def _pvpanic(name: str, table: Table) -> model.Device:
     return model.Pvpanic(name=name, enable_isa=table.take("enable_isa", flag, False))
 
 
+def _virtio_rng(name: str, table: Table) -> model.Device:
+    return VirtioRng(
+        name=name,
+        pci_path=_take_pci_path(table),
+        bytes_per_second=table.take("bytes_per_second", whole, None),
+    )
+
+
 def _screen(name: str, _: Table) -> model.Device:
     return model.Screen(name=name)
 
 
 _DRIVERS: dict[str, Callable[[str, Table], model.Device]] = {
     "pci-virtio-block": _virtio_block,
+    "pci-virtio-rng": _virtio_rng,
     "qemu-pvpanic": _pvpanic,
     "ramfb": _screen,
 }

@@ -355,6 +355,16 @@ class ScreenExtension(Wire, frozen=True):
     name: SpecKey = "screen"
 
 
+class RngDevice(Wire, frozen=True, tag_field="type", tag="virtio-rng"):
+    """The host's random numbers, at most so many bytes each second where there is a limit."""
+
+    pci_path: PciPath
+    bytes_per_second: U32 | None = None
+
+
+SmallDevice = RngDevice
+
+
 class Extensions(Wire, frozen=True):
     """What a VM has beyond 5.0.0; absent from the spec of one that has nothing of it.
 
@@ -368,6 +378,7 @@ class Extensions(Wire, frozen=True):
     files: dict[SpecKey, FileExtension] = {}
     cloud_init: dict[SpecKey, CloudInitExtension] = {}
     screen: ScreenExtension | None = None
+    devices: dict[SpecKey, SmallDevice] = {}
     exit_on_halt: U8 = 0
     exit_on_reboot: U8 | None = None
 

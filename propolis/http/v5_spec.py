@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from propolis import spec as model
 from propolis.errors import FieldError
-from propolis.http import v5
+from propolis.http import v5, v5_devices
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator
@@ -117,6 +117,8 @@ class _Reader:
         self._leftovers("cloud_init", "blob_storage_backend", self._more.cloud_init, volumes)
         if self._more.screen is not None:
             self._devices.append(("", model.Screen(name=key(self._more.screen.name))))
+        for written, small in self._more.devices.items():
+            self._devices.append((written, v5_devices.to_device(key(written), small)))
         boot = self._boot() or default_boot
         if boot is None:
             self._wrong("expected what the VM boots, as this server has no default", "extensions", "boot")
@@ -295,6 +297,8 @@ class _Reader:
             field = str(rest[1]) if len(rest) > 1 else "name"
             if isinstance(device, model.Screen):
                 return self._at + pointer("extensions", "screen", field)
+            if isinstance(device, model.SmallDevice):
+                return self._at + pointer("extensions", "devices", written, *(rest[1:] if field != "name" else ()))
             if field in ("queues", "serial"):
                 return self._at + pointer("extensions", "disks", written, field)
             below = _DEVICE_FIELDS.get(field)
@@ -332,6 +336,7 @@ class _Writer:
         self._files: dict[str, v5.FileExtension] = {}
         self._cloud_init: dict[str, v5.CloudInitExtension] = {}
         self._screen: v5.ScreenExtension | None = None
+        self._small: dict[str, v5.SmallDevice] = {}
 
     def wire(self) -> v5.InstanceSpec:
         spec = self._spec
@@ -374,6 +379,9 @@ class _Writer:
             return
         if isinstance(device, model.Screen):
             self._screen = v5.ScreenExtension(name=device.name)
+            return
+        if isinstance(device, model.SmallDevice):
+            self._small[device.name] = v5_devices.from_device(device)
             return
         path = device.pci_path
         disk = v5.VirtioDisk(
@@ -429,6 +437,7 @@ class _Writer:
             files=self._files,
             cloud_init=self._cloud_init,
             screen=self._screen,
+            devices=self._small,
             exit_on_halt=spec.exit_on_halt,
             exit_on_reboot=spec.exit_on_reboot,
         )

@@ -182,7 +182,8 @@ ARROWS: dict[str, set[str]] = {
     "http.openapi": {"doctor", "event_log", "http.daemon_types", "http.ours", "http.v5"},
     "http.ours": {"http.v5"},
     "http.v5": {"errors"},
-    "http.v5_spec": {"http.v5", "spec", "errors"},
+    "http.v5_spec": {"http.v5", "http.v5_devices", "spec", "errors"},
+    "http.v5_devices": {"http.v5", "spec"},
     "http.client": {
         "http.client_console",
         "http.client_transport",
@@ -286,7 +287,7 @@ ARROWS: dict[str, set[str]] = {
     "standalone_config": {"spec", "toml_boot", "toml_cpuid", "toml_devices", "toml_table", "errors"},
     "toml_boot": {"spec", "toml_table"},
     "toml_cpuid": {"spec", "toml_table", "errors"},
-    "toml_devices": {"spec", "toml_table", "errors"},
+    "toml_devices": {"small_devices", "spec", "toml_table", "errors"},
     "toml_table": {"toml_places", "errors"},
     "toml_places": {"errors"},
     "cgroup": {"spec", "errors"},
@@ -294,7 +295,9 @@ ARROWS: dict[str, set[str]] = {
     "power_off": {"config", "run_directory", "running_vm", "errors"},
     "config": {"spec", "names", "toml_boot", "toml_devices", "toml_table", "errors"},
     "names": {"spec", "processes", "errors"},
-    "spec": {"errors"},
+    "spec": {"pci_path", "small_devices", "errors"},
+    "small_devices": {"pci_path"},
+    "pci_path": set(),
     "errors": set(),
 }
 

@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from propolis._vmm import Vm
 from propolis.devices.device import Device
 from propolis.devices.virtio._pci import VirtioPci
-from propolis.devices.virtio._queue import Queue
+from propolis.devices.virtio._queue import Buffers, Queue
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,29 @@ class VirtioDevice(Device):
         if self._loop is not None and index not in self._scheduled:
             self._scheduled.add(index)
             self._loop.call_soon(self._turn, index)
+
+    def answer_all(self, index: int, answer: Callable[[Buffers], bool], budget: int) -> None:
+        """Has each chain of queue `index` finished by `answer`; after `budget` of them others have a turn.
+
+        Where that says False, what is left is for whoever said it to take up by again().
+        """
+        queue = self.queues[index]
+        is_willing = True
+        while is_willing:
+            queue.hush()
+            while is_willing and budget and (buffers := queue.take()) is not None:
+                budget -= 1
+                is_willing = answer(buffers)
+            if queue.failure is not None:
+                self.broken(index, queue.failure)
+                break
+            if not budget:
+                if is_willing:
+                    self.again(index)
+                break
+            if not queue.watch():
+                break
+        queue.interrupt()
 
     def broken(self, index: int, reason: str) -> None:
         """The guest broke a rule that leaves the queue unusable: it has to reset the device (§2.1.2)."""
