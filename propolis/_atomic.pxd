@@ -28,3 +28,4 @@ cdef extern from "atomic.h" nogil:
     uint64_t add64_rlx(void *p, uint64_t v)
     bint cas32_seq(void *p, uint32_t expected, uint32_t desired)
     void fence_seq()
+    void cpu_relax()

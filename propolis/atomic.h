@@ -45,4 +45,12 @@ static inline int cas32_seq(void *p, uint32_t expected, uint32_t desired)
 /* A full fence: orders an earlier store before a later load. */
 static inline void fence_seq(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
+/* Between two looks at memory that another party changes. */
+static inline void cpu_relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
 #endif

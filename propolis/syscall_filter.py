@@ -153,7 +153,7 @@ _CHECKED_OF_ALL: dict[str, tuple[Rule, ...]] = {
 
 _OF_THE_LOOP = """
     readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 lseek
-    fstat fsync fdatasync fallocate ftruncate memfd_create msync
+    fstat fstatfs fsync fdatasync fallocate ftruncate memfd_create msync
     close_range dup dup2 dup3
     poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2
     eventfd eventfd2 timerfd_create timerfd_settime timerfd_gettime pipe pipe2

@@ -11,6 +11,9 @@ cdef enum:
     ZERO_BYTES = 65536
     ZERO_VECTORS = 16        # one write of zeros covers up to a MiB
 
+# All of `length` bytes: a short transfer is continued, one of nothing is an error. 0 or -errno.
+cdef int transfer(int fd, bint is_write, iovec *iov, uint32_t count, uint64_t offset, uint64_t length) noexcept nogil
+
 cdef class IoPool:
     cdef Lock lock
     cdef pthread_cond_t work

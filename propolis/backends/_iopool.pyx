@@ -36,7 +36,6 @@ cdef enum:
 
 
 cdef int transfer(int fd, bint is_write, iovec *iov, uint32_t count, uint64_t offset, uint64_t length) noexcept nogil:
-    """All of `length` bytes: a short transfer is continued, one of nothing is an error. 0 or -errno."""
     cdef uint64_t done = 0
     cdef uint64_t skip = 0  # of the first vector
     cdef uint32_t first = 0
@@ -244,6 +243,7 @@ cdef class PoolEngine(Engine):
             self.pool.enqueue(self.batch_first, self.batch_last, self.batch_count)
             self.batch_first = self.batch_last = NULL
             self.batch_count = 0
+        self._ring_for_ready()
 
     def close(self) -> bool:
         """True once nothing is pending, when it may be dropped."""

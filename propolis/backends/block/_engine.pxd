@@ -1,7 +1,7 @@
 """The shape of every block engine: submit, commit, reap.
 
 A device owns its Io records and allocates them up front; an engine only links them, so no list here can overflow. Each
-record that is submitted comes back by `reap` exactly once, and is not touched by the engine afterwards.
+record that is submitted comes back exactly once, by `take` or `reap`, and is not touched by the engine afterwards.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -41,6 +41,8 @@ cdef struct Io:
 cdef class Engine:
     cdef int fd                          # eventfd: readable while completions wait
     cdef uint32_t pending                # submitted, not reaped; written by: the submitter
+    cdef Io *ready_first                 # performed by submit itself; written by: the submitter
+    cdef Io *ready_last
     cdef Lock done_lock
     cdef Io *done_first                  # under: done_lock
     cdef Io *done_last                   # under: done_lock
@@ -49,7 +51,15 @@ cdef class Engine:
     # One thread per engine submits, commits and reaps.
     cdef void submit(self, Io *io) noexcept nogil
     cdef void commit(self) noexcept nogil
+    # What submit performed itself, linked by `next`, or NULL; what is left of it at commit waits for reap.
+    cdef Io *take(self) noexcept nogil
+    # Whether reap would find anything: without a system call, so that it can be asked again and again.
+    cdef bint waiting(self) noexcept nogil
     # All completions so far, linked by `next`, or NULL.
     cdef Io *reap(self) noexcept nogil
     # For subclasses, on any thread; `io` belongs to the submitter again.
     cdef void complete(self, Io *io) noexcept nogil
+    # For subclasses, in submit: it is done.
+    cdef void finish(self, Io *io) noexcept nogil
+    cdef void _join(self, Io *first, Io *last) noexcept nogil
+    cdef void _ring_for_ready(self) noexcept nogil

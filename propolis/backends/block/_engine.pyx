@@ -6,6 +6,7 @@ from libc.errno cimport EOPNOTSUPP
 from libc.string cimport memset, strerror
 from posix.unistd cimport close
 
+from propolis._atomic cimport ldptr_acq
 from propolis._lock cimport Lock
 from propolis._posix cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd, eventfd_read, eventfd_write
 
@@ -33,10 +34,35 @@ cdef class Engine:
         self.pending += 1
         io.engine = <void *>self
         io.result = -EOPNOTSUPP
-        self.complete(io)
+        self.finish(io)
 
     cdef void commit(self) noexcept nogil:
-        pass
+        self._ring_for_ready()
+
+    cdef void _ring_for_ready(self) noexcept nogil:
+        if self.ready_first != NULL:
+            eventfd_write(self.fd, 1)
+
+    cdef void finish(self, Io *io) noexcept nogil:
+        io.next = NULL
+        if self.ready_first == NULL:
+            self.ready_first = io
+        else:
+            self.ready_last.next = io
+        self.ready_last = io
+
+    cdef Io *take(self) noexcept nogil:
+        cdef Io *first = self.ready_first
+        cdef Io *io = first
+        self.ready_first = self.ready_last = NULL
+        while io != NULL:
+            self.pending -= 1
+            io = io.next
+        return first
+
+    cdef bint waiting(self) noexcept nogil:
+        # Only a hint without the lock: whoever sees it takes the lock, and whoever misses it hears the eventfd.
+        return self.ready_first != NULL or ldptr_acq(<void **>&self.done_first) != NULL
 
     cdef void complete(self, Io *io) noexcept nogil:
         cdef bint first
@@ -55,18 +81,22 @@ cdef class Engine:
 
     cdef Io *reap(self) noexcept nogil:
         cdef uint64_t value = 0
-        cdef Io *first
-        cdef Io *io
         eventfd_read(self.fd, &value)  # before the list: what completes after we took it rings again
         self.done_lock.acquire()
-        first = self.done_first
+        self._join(self.done_first, self.done_last)
         self.done_first = self.done_last = NULL
         self.done_lock.release()
-        io = first
-        while io != NULL:
-            self.pending -= 1
-            io = io.next
-        return first
+        return self.take()
+
+    cdef void _join(self, Io *first, Io *last) noexcept nogil:
+        """Puts a list behind what is ready."""
+        if first == NULL:
+            return
+        if self.ready_first == NULL:
+            self.ready_first = first
+        else:
+            self.ready_last.next = first
+        self.ready_last = last
 
     # -- single operations, for control paths and tests ----------------------------------------------------------------
 

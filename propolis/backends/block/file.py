@@ -5,8 +5,9 @@ import logging
 import os
 import stat
 
-from propolis.backends._iopool import IoPool, PoolEngine, punch_hole
+from propolis.backends._iopool import IoPool, punch_hole
 from propolis.backends.block import BlockBackend, Engine
+from propolis.backends.block._file_engine import FileEngine, kind_of
 from propolis.errors import BackendError, ImageError
 
 log = logging.getLogger(__name__)
@@ -42,13 +43,14 @@ class FileBackend(BlockBackend):
         self.read_only = read_only
         self._pool = pool
         self._skip_flush = skip_flush
-        self._engines: list[PoolEngine] = []
+        self._engines: list[FileEngine] = []
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         if not read_only and flags & os.O_ACCMODE != os.O_RDWR:
             raise BackendError(f"disk {self.path!r}: not opened for writing")
         if flags & os.O_APPEND:
             raise BackendError(f"disk {self.path!r}: opened to append, which ignores where a write belongs")
         mode = os.fstat(fd).st_mode
+        self.kind = kind_of(fd)
         if stat.S_ISBLK(mode):
             self._measure_device()
         elif stat.S_ISREG(mode):
@@ -84,7 +86,7 @@ class FileBackend(BlockBackend):
         return punch_hole(self.fd, self.capacity + (1 << 20), 4096) == 0
 
     def engine(self) -> Engine:
-        engine = PoolEngine(self._pool, self.fd, self._skip_flush)
+        engine = FileEngine(self._pool, self.fd, self._skip_flush, kind=self.kind)
         self._engines.append(engine)
         return engine
 

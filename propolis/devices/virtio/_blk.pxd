@@ -5,6 +5,7 @@ from posix.uio cimport iovec
 
 from propolis._memory cimport GuestMemory
 from propolis.backends.block._engine cimport Engine, Io
+from propolis.devices._polling cimport Polling
 from propolis.devices.virtio._queue cimport Chain, Queue
 
 cdef enum ServiceResult:
@@ -23,6 +24,7 @@ cdef class BlkQueue:
     cdef Queue queue
     cdef GuestMemory memory
     cdef Engine engine
+    cdef Polling polling
     cdef Request *requests               # one for each descriptor and one spare; allocated once
     cdef iovec *vectors
     cdef uint64_t *addresses
@@ -43,6 +45,8 @@ cdef class BlkQueue:
 
     cdef uint32_t service(self, uint32_t budget) noexcept nogil
     cdef void collect(self) noexcept nogil
+    cdef uint32_t _pass(self, uint32_t budget) noexcept nogil
+    cdef void _completed(self, Io *io) noexcept nogil
     cdef void _begin(self, Request *request) noexcept nogil
     cdef bint _data(self, Request *request, uint64_t sector, bint is_write) noexcept nogil
     cdef int _extents(self, Request *request, bint is_zero) noexcept nogil

@@ -1,6 +1,7 @@
 from typing import Self
 
 from propolis.backends.block._engine import Engine
+from propolis.devices._polling import Polling
 from propolis.devices.virtio._queue import Queue
 
 class BlkQueue:
@@ -8,6 +9,7 @@ class BlkQueue:
         cls,
         queue: Queue,
         engine: Engine,
+        polling: Polling,
         *,
         capacity: int,
         block_size: int,

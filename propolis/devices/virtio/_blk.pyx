@@ -10,6 +10,7 @@ from libc.string cimport memset
 
 from propolis._atomic cimport st8_rlx
 from propolis.backends.block._engine cimport IO_DISCARD, IO_FLUSH, IO_READ, IO_WRITE, IO_ZERO, MAX_EXTENTS
+from propolis.devices._polling cimport LOOK_ON, LOOK_YIELD, Look
 from propolis.devices.virtio._queue cimport RING_REQUEST, gather, scatter
 
 cdef enum:
@@ -29,6 +30,7 @@ cdef enum:
     EXTENT_BYTES = 16
     SERIAL_BYTES = 20
     SECTOR_SHIFT = 9
+    COST_SHIFT = 14          # of the budget: that many bytes take about as long as a request itself
 
 cdef packed struct Header:
     uint32_t type
@@ -49,6 +51,7 @@ cdef class BlkQueue:
         self,
         Queue queue,
         Engine engine,
+        Polling polling,
         *,
         capacity: int,
         block_size: int,
@@ -61,6 +64,7 @@ cdef class BlkQueue:
         self.queue = queue
         self.memory = queue.memory
         self.engine = engine
+        self.polling = polling
         self.sectors = <uint64_t>capacity >> SECTOR_SHIFT
         self.sector_mask = (<uint64_t>block_size >> SECTOR_SHIFT) - 1
         self.read_only = read_only
@@ -122,38 +126,63 @@ cdef class BlkQueue:
         return {
             "reads": self.reads, "writes": self.writes, "flushes": self.flushes, "discards": self.discards,
             "others": self.others, "bytes_read": self.bytes_read, "bytes_written": self.bytes_written,
-            "errors": self.errors,
+            "errors": self.errors, "polled": self.polling.hits, "sleeps": self.polling.sleeps,
         }
 
     # -- service -------------------------------------------------------------------------------------------------------
 
     cdef uint32_t service(self, uint32_t budget) noexcept nogil:
         cdef uint32_t result = SERVICE_IDLE
-        cdef Request *request
+        cdef Look look
+        self.polling.begin()
         self.collect()
+        self.queue.suppress()
         while True:
-            self.queue.suppress()
-            while budget > 0:
-                request = self.free_list
-                if self.queue.pop(&request.chain) != 1:
-                    break
-                budget -= 1
-                self.free_list = request.next
-                self._begin(request)
-            self.engine.commit()
+            budget = self._pass(budget)
             if self.queue.error:
                 result = SERVICE_BROKEN
                 break
             if budget == 0:
                 result = SERVICE_AGAIN
                 break
-            if not self.queue.listen():
+            self.queue.signal()
+            look = LOOK_ON
+            while look == LOOK_ON and not self.queue.offered() and not self.engine.waiting():
+                look = self.polling.idle()
+            if look == LOOK_ON:
+                self.polling.found()
+            elif look == LOOK_YIELD:
+                result = SERVICE_AGAIN
                 break
+            elif self.queue.listen():
+                self.queue.suppress()
+            else:
+                break  # what completes from now on rings
         self.queue.signal()
         return result
 
+    cdef uint32_t _pass(self, uint32_t budget) noexcept nogil:
+        """Completes what is done and begins what is offered; returns what is left of the budget."""
+        cdef Request *request
+        cdef uint64_t cost
+        if self.engine.waiting():
+            self.collect()
+        while budget > 0:
+            request = self.free_list
+            if self.queue.pop(&request.chain) != 1:
+                break
+            self.free_list = request.next
+            self._begin(request)
+            cost = 1 + (request.io.length >> COST_SHIFT)
+            budget -= <uint32_t>min(cost, <uint64_t>budget)
+            self._completed(self.engine.take())
+        self.engine.commit()
+        return budget
+
     cdef void collect(self) noexcept nogil:
-        cdef Io *io = self.engine.reap()
+        self._completed(self.engine.reap())
+
+    cdef void _completed(self, Io *io) noexcept nogil:
         cdef Request *request
         while io != NULL:
             request = <Request *>io
@@ -168,6 +197,7 @@ cdef class BlkQueue:
         cdef Header header
         cdef uint64_t room
         cdef int status
+        io.length = 0
         if chain.writable == 0:
             # §5.2.6: the status byte is not optional, and without it the driver would wait for ever.
             self._answer(request, S_IOERR, 0)
@@ -183,7 +213,6 @@ cdef class BlkQueue:
         io.durable = False
         io.extent_count = 0
         io.iov_count = 0
-        io.length = 0
         if header.type == T_IN or header.type == T_OUT:
             if self._data(request, header.sector, header.type == T_OUT):
                 self.engine.submit(io)

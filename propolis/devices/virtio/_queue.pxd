@@ -80,6 +80,7 @@ cdef class Queue:
     # suppress -> pop until empty or the budget is spent -> listen -> look again where that is True.
     cdef void suppress(self) noexcept nogil
     cdef bint listen(self) noexcept nogil
+    cdef bint offered(self) noexcept nogil  # whether pop would find anything; a hint for who does not listen yet
     # After a batch of pushes: one interrupt unless the guest does not want it now.
     cdef void signal(self) noexcept nogil
     cdef bint _wants_interrupt(self) noexcept nogil

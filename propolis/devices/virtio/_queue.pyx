@@ -313,6 +313,11 @@ cdef class Queue:
         fence_seq()  # pairs with the driver's fence between its avail.idx and reading our event or flag
         return ld16_acq(self.avail + 2) != self.next_avail
 
+    cdef bint offered(self) noexcept nogil:
+        if self.avail == NULL or self.error != RING_FINE:
+            return False
+        return ld16_acq(self.avail + 2) != self.next_avail
+
     cdef void signal(self) noexcept nogil:
         if self._wants_interrupt():
             self.interrupts += 1

@@ -8,6 +8,7 @@ import struct
 
 from propolis._vmm import Vm
 from propolis.backends.block import BlockBackend, Engine
+from propolis.devices._polling import Polling
 from propolis.devices.virtio._blk import BlkQueue
 from propolis.devices.virtio.device import VirtioDevice
 
@@ -33,6 +34,7 @@ SERIAL_BYTES = 20
 BUDGET = 256  # requests of one queue before everybody else on the loop has a turn
 AGAIN = 1  # of _blk.pxd
 BROKEN = 2
+POLL_US = 50
 HALT_PATIENCE = 5.0  # seconds
 
 
@@ -69,7 +71,9 @@ class VirtioBlk(VirtioDevice):
         queues: int = 1,
         queue_size: int = 256,
         serial: str = "",
+        poll_us: int = POLL_US,
     ) -> None:
+        """`poll_us` is for how long a queue that was busy is looked at before it is waited for; 0 is not at all."""
         if queue_size < 4:
             raise ValueError(f"{name}: a request needs up to 4 descriptors, a queue of {queue_size} is too small")
         features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY
@@ -93,6 +97,7 @@ class VirtioBlk(VirtioDevice):
             BlkQueue(
                 queue,
                 engine,
+                Polling(poll_us * 1000),
                 capacity=backend.capacity,
                 block_size=backend.block_size,
                 read_only=backend.read_only,
@@ -121,8 +126,11 @@ class VirtioBlk(VirtioDevice):
         self._after_completions(index)
 
     def _on_completion(self, index: int) -> None:
-        self._loops[index].complete()
-        self._after_completions(index)
+        if index in self._listening and self.function.is_bus_master:
+            self.kick(index)  # more is likely to come now
+        else:
+            self._loops[index].complete()
+            self._after_completions(index)
 
     def _after_completions(self, index: int) -> None:
         error = self._loops[index].last_error

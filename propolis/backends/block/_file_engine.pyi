@@ -1,0 +1,9 @@
+from propolis.backends._iopool import IoPool, PoolEngine
+
+KINDS: tuple[str, ...]
+
+def kind_of(file: int) -> str: ...
+
+class FileEngine(PoolEngine):
+    def __init__(self, pool: IoPool, file: int, skip_sync: bool = False, *, kind: str) -> None: ...
+    def stats(self) -> dict[str, int]: ...
