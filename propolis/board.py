@@ -21,9 +21,9 @@ from propolis.devices.ramfb import Ramfb
 from propolis.devices.rtc import RealTimeClock
 from propolis.devices.serial import Serial
 from propolis.devices.virtio.blk import VirtioBlk
-from propolis.devices.virtio.rng import VirtioRng
 from propolis.firmware.board import Board as TableBoard
 from propolis.firmware.layout import ram_ranges
+from propolis.small_board import SocketOpener, make_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from propolis.firmware.layout import DeviceWindows
 
 
-class DiskOpener(Protocol):
+class Keeper(SocketOpener, Protocol):
     """The keeper, as far as the board needs it."""
 
     def open_disk(self, path: str, *, read_only: bool) -> int: ...
@@ -46,7 +46,7 @@ class Board:
         self,
         vm: Vm,
         spec: model.Spec,
-        keeper: DiskOpener,
+        keeper: Keeper,
         windows: DeviceWindows,
         on_power: Callable[[PowerEvent], None],
         undo: ExitStack,
@@ -77,12 +77,12 @@ class Board:
             elif isinstance(device, model.Pvpanic) and device.enable_isa:
                 self.devices.append(Pvpanic(vm, power))
             elif isinstance(device, model.SmallDevice):
-                self._add_small(vm, device)
+                self._add_small(vm, device, keeper, undo)
         if self.ramfb is not None:
             self.devices.append(self.ramfb)
 
     def _add_disk(
-        self, vm: Vm, device: model.VirtioBlock, backend: model.Backend, keeper: DiskOpener, undo: ExitStack
+        self, vm: Vm, device: model.VirtioBlock, backend: model.Backend, keeper: Keeper, undo: ExitStack
     ) -> None:
         workers = (backend.workers or model.BLOCK_WORKERS) if isinstance(backend, model.FileBlock) else 1
         pool = IoPool(workers)
@@ -103,8 +103,8 @@ class Board:
         self.chipset.bus.add(disk.function, device.pci_path.device, device.pci_path.function)
         self.devices.append(disk)
 
-    def _add_small(self, vm: Vm, device: model.SmallDevice) -> None:
-        made = VirtioRng(vm, device.name, bytes_per_second=device.bytes_per_second)
+    def _add_small(self, vm: Vm, device: model.SmallDevice, keeper: Keeper, undo: ExitStack) -> None:
+        made = make_device(vm, device, keeper, undo)
         self.chipset.bus.add(made.function, device.pci_path.device, device.pci_path.function)
         self.devices.append(made)
 
@@ -134,7 +134,7 @@ class Board:
         )
 
 
-def _open_file(backend: model.FileBlock, keeper: DiskOpener, pool: IoPool) -> FileBackend:
+def _open_file(backend: model.FileBlock, keeper: Keeper, pool: IoPool) -> FileBackend:
     with ExitStack() as failed:
         fd = keeper.open_disk(backend.path, read_only=backend.readonly)
         failed.callback(os.close, fd)

@@ -11,9 +11,9 @@ from propolis.spec import CLOUD_INIT_VOLUME_BYTES, NVRAM_MAX_BYTES, BlobBlock, C
 
 
 def paths_of(spec: Spec) -> list[str]:
-    """The files that a VM needs."""
+    """The files that a VM needs, and the sockets that it has."""
     nvram = [spec.boot.nvram, spec.boot.nvram_template] if isinstance(spec.boot, FirmwareBoot) else []
-    return [*boot_files(spec.boot), *filter(None, nvram), *(file.path for file in spec.files())]
+    return [*boot_files(spec.boot), *filter(None, nvram), *(file.path for file in spec.files()), *spec.sockets()]
 
 
 def check_paths(spec: Spec, allowed: tuple[str, ...] | None) -> None:

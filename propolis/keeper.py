@@ -9,6 +9,7 @@ from io import FileIO
 
 from propolis.disk_image import open_image
 from propolis.errors import HypervisorError, ImageError
+from propolis.host_sockets import DirectConnector, HostListener
 from propolis.nvram_file import open_nvram
 
 
@@ -53,6 +54,14 @@ class LocalKeeper:
         Raises BusyError naming who holds it, ImageError where there is none, BackendError where it cannot be opened.
         """
         return open_image(path, read_only=read_only)
+
+    def open_listener(self, path: str) -> HostListener:
+        """A socket that listens at `path`; closed with the VM. Raises BusyError naming it, BackendError."""
+        return HostListener(path)
+
+    def open_connector(self, path: str) -> DirectConnector:
+        """Who connects to the sockets at `path`, "_" and a number."""
+        return DirectConnector(path)
 
     def open_nvram(self, path: str, template: str | None) -> int:
         """A locked descriptor of the file of a VM's firmware variables, which the caller closes.

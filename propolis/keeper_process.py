@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 import msgspec
 
 from propolis.errors import BackendError, BusyError, ImageError, PropolisError
+from propolis.host_sockets import ConnectorServer
 from propolis.keeper import LocalKeeper
 from propolis.keeper_protocol import (
     KINDS,
@@ -29,9 +30,12 @@ from propolis.keeper_protocol import (
     Answer,
     Failed,
     Message,
+    OpenConnector,
     OpenDisk,
     OpenHypervisor,
     OpenImage,
+    Opening,
+    OpenListener,
     OpenNvram,
     Ready,
     Start,
@@ -45,6 +49,9 @@ from propolis.spec import FirmwareBoot, Spec, boot_files
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from propolis.host_sockets import HostListener
+
+MAX_CONNECTORS = 16  # of one VM
 MAX_START = 16 << 20
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LAST_MESSAGES = 1000  # more than a pair of sockets keeps
@@ -226,8 +233,18 @@ class Opener:
         self._firmware = spec.boot if isinstance(spec.boot, FirmwareBoot) else None
         self._disks = {file.path for file in spec.files()}
         self._writable = {file.path for file in spec.files() if not file.readonly}
+        self._sockets = spec.sockets()
+        self._listeners: list[HostListener] = []
+        self.connectors: list[ConnectorServer] = []
 
-    def open(self, message: OpenHypervisor | OpenImage | OpenDisk | OpenNvram) -> int:
+    def close(self) -> None:
+        """Takes the names of sockets away."""
+        for listener in self._listeners:
+            listener.close()
+        for connector in self.connectors:
+            connector.close()
+
+    def open(self, message: Opening) -> int:
         """A descriptor. Raises PropolisError."""
         match message:
             case OpenHypervisor():
@@ -245,6 +262,19 @@ class Opener:
                 if self._firmware is None or self._firmware.nvram is None:
                     raise ImageError("open nvram: the VM's spec has none")
                 return self._local.open_nvram(self._firmware.nvram, self._firmware.nvram_template)
+            case OpenListener(path):
+                self._listeners.append(listener := self._local.open_listener(self._named(path)))
+                return os.dup(listener.socket.fileno())
+            case OpenConnector(path):
+                if len(self.connectors) >= MAX_CONNECTORS:
+                    raise BackendError(f"open connector {path!r}: the VM has enough of them")
+                self.connectors.append(server := ConnectorServer(self._named(path)))
+                return server.other.detach()
+
+    def _named(self, path: str) -> str:
+        if path not in self._sockets:
+            raise BackendError(f"open socket {path!r}: the VM's spec does not name it")
+        return path
 
 
 class _Worker(NamedTuple):
@@ -304,6 +334,7 @@ class Keeper:
             end = os.waitid(os.P_PID, worker.pid, os.WEXITED)
             assert end is not None
             record = self._record(end, worker.words)
+            self._opener.close()
             self._directory.remove_socket()
             self._directory.write_exit(record)
         self._announce(Answer("backend", f"the worker ended before the VM was made: {record.reason}"))
@@ -331,6 +362,7 @@ class Keeper:
         poll = select.poll()
         for fd in (channel.fileno(), words, self._worker.process):
             poll.register(fd, select.POLLIN)
+        known = 0
         while True:
             ready = {fd for fd, _ in poll.poll()}
             if self._worker.process in ready:
@@ -340,6 +372,12 @@ class Keeper:
                 poll.unregister(words)
             if channel.fileno() in ready and not self._answer(channel):
                 poll.unregister(channel.fileno())
+            for connector in self._opener.connectors[known:]:
+                poll.register(connector, select.POLLIN)
+            known = len(self._opener.connectors)
+            for connector in self._opener.connectors:
+                if connector.fileno() in ready and not connector.serve():
+                    poll.unregister(connector)
 
     def _hear_out(self, channel: socket.socket) -> None:
         """What the worker said just before it ended."""

@@ -15,6 +15,7 @@ import msgspec
 
 from propolis import errors
 from propolis.errors import BackendError, PropolisError
+from propolis.host_sockets import AskingConnector
 from propolis.spec import Spec  # noqa: TC001 -- msgspec reads it
 
 MAX_MESSAGE = 64 << 10
@@ -48,6 +49,18 @@ class OpenNvram(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=Tru
     """Asks for the file of the firmware's variables."""
 
 
+class OpenListener(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Asks for a socket that listens."""
+
+    path: str
+
+
+class OpenConnector(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Asks for a channel on which to ask for connections to the sockets beside one that listens."""
+
+    path: str
+
+
 class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """The VM is made and its socket is served. Not answered."""
 
@@ -59,7 +72,8 @@ class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     message: str
 
 
-Message = OpenHypervisor | OpenImage | OpenDisk | OpenNvram | Ready | Failed
+Opening = OpenHypervisor | OpenImage | OpenDisk | OpenNvram | OpenListener | OpenConnector
+Message = Opening | Ready | Failed
 
 
 class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -115,6 +129,17 @@ def receive(channel: socket.socket, max_fds: int) -> tuple[bytes, list[int]]:
     return data, list(fds)
 
 
+class PassedListener:
+    """A listening socket of the keeper's."""
+
+    def __init__(self, fd: int) -> None:
+        self.socket = socket.socket(fileno=fd)
+
+    def close(self) -> None:
+        """Twice is fine."""
+        self.socket.close()
+
+
 class RemoteKeeper:
     """The keeper as its worker has it; the same as `LocalKeeper`. Calls block: the VM is not there yet."""
 
@@ -147,6 +172,14 @@ class RemoteKeeper:
     def open_nvram(self, path: str, template: str | None) -> int:
         """A locked descriptor, which the caller closes. Raises BusyError, ImageError or BackendError."""
         return self._open(OpenNvram(), f"nvram '{path}'")
+
+    def open_listener(self, path: str) -> PassedListener:
+        """A socket that listens, whose name goes with the keeper. Raises BusyError or BackendError."""
+        return PassedListener(self._open(OpenListener(path), f"socket '{path}'"))
+
+    def open_connector(self, path: str) -> AskingConnector:
+        """Who has the keeper connect to the sockets at `path`, "_" and a number. Raises BackendError."""
+        return AskingConnector(socket.socket(fileno=self._open(OpenConnector(path), f"sockets beside '{path}'")))
 
     def report_ready(self) -> None:
         """The VM is made and its socket is served."""

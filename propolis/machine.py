@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from propolis import __version__, offer, threads
 from propolis import spec as model
 from propolis.board import Board
+from propolis.board import Keeper as BoardKeeper
 from propolis.devices.fw_cfg import FirmwareConfig
 from propolis.devices.pflash import ParallelFlash
 from propolis.devices.power import PowerEvent
@@ -54,12 +55,11 @@ DRAIN_TIMEOUT = 30.0  # seconds for a device to finish what it has in flight
 VCPU_PARKED, VCPU_SHUTDOWN, VCPU_FAILED, VCPU_ENDED = 1, 2, 4, 8
 
 
-class Keeper(Protocol):
+class Keeper(BoardKeeper, Protocol):
     """Who opens files for the machine: propolis.keeper."""
 
     def open_hypervisor(self) -> int: ...
     def open_image(self, path: str, what: str) -> FileIO: ...
-    def open_disk(self, path: str, *, read_only: bool) -> int: ...
     def open_nvram(self, path: str, template: str | None) -> int: ...
 
 

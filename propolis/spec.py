@@ -237,6 +237,10 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """The backends that are files of the host."""
         return [backend for backend in self.backends.values() if isinstance(backend, FileBlock)]
 
+    def sockets(self) -> list[str]:
+        """The paths at which the host listens for the devices."""
+        return [path for device in self.devices if isinstance(device, SmallDevice) for path in device.sockets()]
+
     def __post_init__(self) -> None:
         problems = [*_board_problems(self), *_boot_problems(self.boot), *_device_problems(self)]
         if self.cpuid is not None:
@@ -363,6 +367,7 @@ def _device_problems(spec: Spec) -> Iterator[Problem]:
     only: dict[type[Device], str] = {}  # the first of what a VM has at most one of
     present = {device.pci_path for device in spec.devices if not isinstance(device, Pvpanic | Screen)}
     present |= BOARD_FUNCTIONS.keys()
+    paths = spec.sockets()
     for index, device in enumerate(spec.devices):
         if wrong := _label_problem(device.name):
             yield Problem(("devices", index, "name"), wrong)
@@ -383,6 +388,8 @@ def _device_problems(spec: Spec) -> Iterator[Problem]:
         if not isinstance(device, VirtioBlock):
             for field, message in device.problems():
                 yield Problem(("devices", index, *field), message)
+            if any(paths.count(path) > 1 for path in device.sockets()):
+                yield Problem(("devices", index, "path"), "two sockets have the same path")
             continue
         if device.backend not in spec.backends:
             yield Problem(("devices", index, "backend"), f"there is no block backend {device.backend!r}")

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from propolis import spec as model
-from propolis.small_devices import VirtioRng
+from propolis.small_devices import MIN_GUEST_CID, VirtioRng, VirtioSocket
 from propolis.toml_table import (
     NOT_HERE,
     Log,
@@ -23,12 +23,13 @@ from propolis.toml_table import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    AsPath = Callable[[object], str]
+
 # What the grammar has beside the things that this version runs.
 _OTHER_BACKENDS = ("crucible", "crucible-mem", "mem-async")
 _OTHER_DRIVERS = (
     "pci-nvme",
     "pci-virtio-viona",
-    "pci-virtio-socket",
     "pci-virtio-9p",
     "softnpu-pci-port",
     "softnpu-port",
@@ -135,7 +136,7 @@ class DeviceTables:
             hint = advice(driver, list(_DRIVERS), [*_DRIVERS, *_OTHER_DRIVERS])
             table.wrong("driver", f"unknown driver {show(driver)}: {hint}")
             return None
-        device = read(name, table)
+        device = read(name, table, self.path)
         table.finish()
         return device
 
@@ -151,7 +152,7 @@ def _take_pci_path(table: Table) -> model.PciPath:
     return table.require("pci-path", _pci_path, _NOWHERE, 'a PCI path such as "0.4.0"')
 
 
-def _virtio_block(name: str, table: Table) -> model.Device:
+def _virtio_block(name: str, table: Table, _: AsPath) -> model.Device:
     return model.VirtioBlock(
         name=name,
         backend=table.require("block_dev", text, "", "the name of a [block_dev.NAME]"),
@@ -161,11 +162,11 @@ def _virtio_block(name: str, table: Table) -> model.Device:
     )
 
 
-def _pvpanic(name: str, table: Table) -> model.Device:
+def _pvpanic(name: str, table: Table, _: AsPath) -> model.Device:
     return model.Pvpanic(name=name, enable_isa=table.take("enable_isa", flag, False))
 
 
-def _virtio_rng(name: str, table: Table) -> model.Device:
+def _virtio_rng(name: str, table: Table, _: AsPath) -> model.Device:
     return VirtioRng(
         name=name,
         pci_path=_take_pci_path(table),
@@ -173,13 +174,28 @@ def _virtio_rng(name: str, table: Table) -> model.Device:
     )
 
 
-def _screen(name: str, _: Table) -> model.Device:
+def _screen(name: str, _table: Table, _: AsPath) -> model.Device:
     return model.Screen(name=name)
 
 
-_DRIVERS: dict[str, Callable[[str, Table], model.Device]] = {
+def _virtio_socket(name: str, table: Table, path: AsPath) -> model.Device:
+    return VirtioSocket(
+        name=name,
+        pci_path=_take_pci_path(table),
+        guest_cid=table.require("guest_cid", _number, MIN_GUEST_CID, "the guest's number, from 3 on"),
+        path=table.take("path", path, None),
+    )
+
+
+def _number(value: object) -> int:
+    """`guest_cid` was once written as a string."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else whole(value)
+
+
+_DRIVERS: dict[str, Callable[[str, Table, AsPath], model.Device]] = {
     "pci-virtio-block": _virtio_block,
     "pci-virtio-rng": _virtio_rng,
+    "pci-virtio-socket": _virtio_socket,
     "qemu-pvpanic": _pvpanic,
     "ramfb": _screen,
 }

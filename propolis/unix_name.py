@@ -12,6 +12,7 @@ import fcntl
 import os
 import socket
 import stat
+import time
 
 from propolis.errors import BackendError, BusyError
 
@@ -59,14 +60,48 @@ class UnixName:
         try:
             if inode is not None:
                 await self._lock_folder(folder)
-                name = os.path.basename(self.path)
-                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                if (status.st_dev, status.st_ino) == inode:
-                    os.unlink(name, dir_fd=folder)
+                self._remove(folder, inode)
         except (OSError, BusyError):
             pass  # gone already, or left as a stale name that the next one replaces
         finally:
             os.close(folder)
+
+    def take_now(self, mode: int, *, backlog: int = _BACKLOG) -> socket.socket:
+        """take() where no loop runs: waits in place while another program has the folder locked."""
+        try:
+            self._folder = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._lock_folder_now(self._folder)
+            try:
+                return self._listen(mode, -1, backlog)
+            finally:
+                fcntl.flock(self._folder, fcntl.LOCK_UN)
+        except OSError as error:
+            self.release_now()
+            raise BackendError(f"open {self._what} {self.path!r}: {error.strerror or error}") from error
+        except BaseException:
+            self.release_now()
+            raise
+
+    def release_now(self) -> None:
+        """release() where no loop runs."""
+        folder, inode = self._folder, self._inode
+        if folder < 0:
+            return
+        self._folder, self._inode = -1, None
+        try:
+            if inode is not None:
+                self._lock_folder_now(folder)
+                self._remove(folder, inode)
+        except (OSError, BusyError):
+            pass  # as above
+        finally:
+            os.close(folder)
+
+    def _remove(self, folder: int, inode: tuple[int, int]) -> None:
+        name = os.path.basename(self.path)
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if (status.st_dev, status.st_ino) == inode:
+            os.unlink(name, dir_fd=folder)
 
     def _listen(self, mode: int, group: int, backlog: int) -> socket.socket:
         """The caller holds the folder's lock, so nobody else does this now."""
@@ -118,4 +153,17 @@ class UnixName:
                 await asyncio.sleep(_FOLDER_LOCK_PAUSE)
             else:
                 return
-        raise BusyError(f"open {self._what} {self.path!r}: another program keeps its folder locked")
+        raise self._locked()
+
+    def _lock_folder_now(self, folder: int) -> None:
+        for _ in range(_FOLDER_LOCK_TRIES):
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_FOLDER_LOCK_PAUSE)
+            else:
+                return
+        raise self._locked()
+
+    def _locked(self) -> BusyError:
+        return BusyError(f"open {self._what} {self.path!r}: another program keeps its folder locked")

@@ -355,6 +355,12 @@ class ScreenExtension(Wire, frozen=True):
     name: SpecKey = "screen"
 
 
+class SocketExtension(Wire, frozen=True):
+    """More about a virtio_socket, by its id: the path of the unix socket at which the host listens."""
+
+    path: str | None = None
+
+
 class RngDevice(Wire, frozen=True, tag_field="type", tag="virtio-rng"):
     """The host's random numbers, at most so many bytes each second where there is a limit."""
 
@@ -378,6 +384,7 @@ class Extensions(Wire, frozen=True):
     files: dict[SpecKey, FileExtension] = {}
     cloud_init: dict[SpecKey, CloudInitExtension] = {}
     screen: ScreenExtension | None = None
+    sockets: dict[SpecKey, SocketExtension] = {}
     devices: dict[SpecKey, SmallDevice] = {}
     exit_on_halt: U8 = 0
     exit_on_reboot: U8 | None = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from propolis import spec as model
 from propolis.errors import FieldError
 from propolis.http import v5, v5_devices
+from propolis.small_devices import VirtioSocket
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator
@@ -25,7 +26,6 @@ _UNAVAILABLE = {
     v5.NvmeDiskComponent: "nvme_disk",
     v5.VirtioNicComponent: "virtio_nic",
     v5.PciPciBridgeComponent: "pci_pci_bridge",
-    v5.VirtioSocketComponent: "virtio_socket",
     v5.SoftNpuPciPortComponent: "soft_npu_pci_port",
     v5.SoftNpuPortComponent: "soft_npu_port",
     v5.SoftNpuP9Component: "soft_npu_p9",
@@ -43,7 +43,11 @@ _PORTS = {
 }
 _PORT_NUMBERS = {number: port for port, number in _PORTS.items()}
 _BOARD_FIELDS = {"cpus": "board/cpus", "memory_mib": "board/memory_mb"}
-_DEVICE_FIELDS = {"backend": "component/backend_id", "pci_path": "component/pci_path"}
+_DEVICE_FIELDS = {
+    "backend": "component/backend_id",
+    "pci_path": "component/pci_path",
+    "guest_cid": "component/guest_cid",
+}
 
 
 def properties_of(name: str, identity: uuid.UUID, description: str = "") -> v5.InstanceProperties:
@@ -113,6 +117,8 @@ class _Reader:
             self._component(written, component)
         self._leftovers("disks", "virtio_disk", self._more.disks, {name for name, _ in self._named_disks()})
         self._leftovers("files", "file_storage_backend", self._more.files, self._named_backends(model.FileBlock))
+        sockets = {device.name for _, device in self._devices if isinstance(device, VirtioSocket)}
+        self._leftovers("sockets", "virtio_socket", self._more.sockets, sockets)
         volumes = self._named_backends(model.CloudInit)
         self._leftovers("cloud_init", "blob_storage_backend", self._more.cloud_init, volumes)
         if self._more.screen is not None:
@@ -203,6 +209,9 @@ class _Reader:
             self._wrong(f"is the same UUID as {self._keys[name]!r}", "components", written)
         elif isinstance(component, v5.VirtioDiskComponent):
             self._devices.append((written, self._disk(name, component.component)))
+        elif isinstance(component, v5.VirtioSocketComponent):
+            more = _find(self._more.sockets, name) or v5.SocketExtension()
+            self._devices.append((written, v5_devices.to_socket(name, component.component, more)))
         elif isinstance(component, v5.QemuPvpanicComponent):
             panic = model.Pvpanic(name=name, enable_isa=component.component.enable_isa)
             self._devices.append((written, panic))
@@ -297,7 +306,10 @@ class _Reader:
             field = str(rest[1]) if len(rest) > 1 else "name"
             if isinstance(device, model.Screen):
                 return self._at + pointer("extensions", "screen", field)
-            if isinstance(device, model.SmallDevice):
+            if isinstance(device, VirtioSocket):
+                if field == "path":
+                    return self._at + pointer("extensions", "sockets", written, field)
+            elif isinstance(device, model.SmallDevice):
                 return self._at + pointer("extensions", "devices", written, *(rest[1:] if field != "name" else ()))
             if field in ("queues", "serial"):
                 return self._at + pointer("extensions", "disks", written, field)
@@ -336,6 +348,7 @@ class _Writer:
         self._files: dict[str, v5.FileExtension] = {}
         self._cloud_init: dict[str, v5.CloudInitExtension] = {}
         self._screen: v5.ScreenExtension | None = None
+        self._sockets: dict[str, v5.SocketExtension] = {}
         self._small: dict[str, v5.SmallDevice] = {}
 
     def wire(self) -> v5.InstanceSpec:
@@ -379,6 +392,9 @@ class _Writer:
             return
         if isinstance(device, model.Screen):
             self._screen = v5.ScreenExtension(name=device.name)
+            return
+        if isinstance(device, VirtioSocket):
+            self._components[device.name], self._sockets[device.name] = v5_devices.from_socket(device)
             return
         if isinstance(device, model.SmallDevice):
             self._small[device.name] = v5_devices.from_device(device)
@@ -437,6 +453,7 @@ class _Writer:
             files=self._files,
             cloud_init=self._cloud_init,
             screen=self._screen,
+            sockets={name: more for name, more in self._sockets.items() if more != v5.SocketExtension()},
             devices=self._small,
             exit_on_halt=spec.exit_on_halt,
             exit_on_reboot=spec.exit_on_reboot,

@@ -144,9 +144,16 @@ ARROWS: dict[str, set[str]] = {
     },
     "zygote": {"keeper_protocol", "running_vm", "run_directory", "spec", "errors"},
     "zygote_process": {"worker", "keeper_process", "keeper_protocol", "errors"},
-    "keeper": {"disk_image", "nvram_file", "config", "errors"},  # opens files, and nothing compiled for it
-    "keeper_process": {"keeper", "keeper_protocol", "processes", "run_directory", "spec", "errors"},
-    "keeper_protocol": {"spec", "errors"},
+    "keeper": {
+        "disk_image",
+        "host_sockets",
+        "nvram_file",
+        "config",
+        "errors",
+    },  # opens files, and nothing compiled for it
+    "host_sockets": {"unix_name"},
+    "keeper_process": {"host_sockets", "keeper", "keeper_protocol", "processes", "run_directory", "spec", "errors"},
+    "keeper_protocol": {"host_sockets", "spec", "errors"},
     "running_vm": {"run_directory", "processes"},
     "log_tail": {"console", "logs"},
     "run_directory": {"atomic_file", "console", "disk_image", "state_file", "mapped_file", "processes", "errors"},
@@ -182,8 +189,8 @@ ARROWS: dict[str, set[str]] = {
     "http.openapi": {"doctor", "event_log", "http.daemon_types", "http.ours", "http.v5"},
     "http.ours": {"http.v5"},
     "http.v5": {"errors"},
-    "http.v5_spec": {"http.v5", "http.v5_devices", "spec", "errors"},
-    "http.v5_devices": {"http.v5", "spec"},
+    "http.v5_spec": {"http.v5", "http.v5_devices", "small_devices", "spec", "errors"},
+    "http.v5_devices": {"http.v5", "small_devices", "spec"},
     "http.client": {
         "http.client_console",
         "http.client_transport",
@@ -250,7 +257,9 @@ ARROWS: dict[str, set[str]] = {
         "_vmm",
     },
     "offer": {"devices", "firmware"},
+    "small_board": {"devices", "small_devices", "_vmm"},
     "board": {
+        "small_board",
         "hypervisor",
         "hypervisor.state",
         "devices",

@@ -9,7 +9,7 @@ from propolis import spec as model
 from propolis import standalone_config
 from propolis.errors import ConfigError, FieldError
 from propolis.http import v5, v5_spec
-from propolis.small_devices import VirtioRng
+from propolis.small_devices import VirtioRng, VirtioSocket
 from propolis.spec import DirectBoot, PciPath, Spec, SpecError
 from tests.unit.http.serving import BOARD
 
@@ -26,6 +26,9 @@ DEVICES: list[tuple[str, dict[str, Any], model.SmallDevice]] = [
         VirtioRng(name="x", pci_path=AT, bytes_per_second=4096),
     ),
 ]
+
+# A virtio_socket is a component of 5.0.0; what is ours of it is in `extensions.sockets`.
+SOCKET = VirtioSocket(name="x", pci_path=AT, guest_cid=3, path="/vms/v.sock")
 
 # What is wrong: the device's fields in the API, and where that is found. A TOML file has the same keys.
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -48,6 +51,49 @@ def test_the_device_that_it_is(text: str, fields: dict[str, Any], device: model.
     assert v5_spec.to_spec(sent, "vm").devices == (device,)
     assert v5_spec.from_spec(v5_spec.to_spec(sent, "vm")) == sent
     assert msgspec.json.decode(msgspec.json.encode(spec), type=Spec) == spec
+
+
+def sockets(cid: int = 3, **more: Any) -> v5.InstanceSpec:
+    component = {"type": "virtio_socket", "component": {"guest_cid": cid, "pci_path": PATH}}
+    extensions = {"boot": {"type": "direct", "kernel": "/k"}} | more
+    return msgspec.convert({"board": BOARD, "components": {"x": component}, "extensions": extensions}, v5.InstanceSpec)
+
+
+@pytest.mark.parametrize("cid", ["3", '"3"'])
+def test_a_socket_in_a_file(cid: str) -> None:
+    text = f'{MAIN}[dev.x]\ndriver = "pci-virtio-socket"\npci-path = "0.6.0"\nguest_cid = {cid}\npath = "v.sock"'
+    assert standalone_config.parse(text, "vm.toml", "/vms").devices == (SOCKET,)
+
+
+@pytest.mark.parametrize("more", [{"sockets": {"x": {"path": "/vms/v.sock"}}}, {}])
+def test_a_socket_in_the_api(more: dict[str, Any]) -> None:
+    sent = sockets(**more)
+    spec = v5_spec.to_spec(sent, "vm")
+    assert spec.devices == (SOCKET if more else msgspec.structs.replace(SOCKET, path=None),)
+    assert spec.sockets() == (["/vms/v.sock"] if more else [])
+    assert v5_spec.from_spec(spec) == sent
+
+
+@pytest.mark.parametrize(
+    ("wrong", "place"),
+    [
+        (sockets(2), "components/x/component/guest_cid"),
+        (sockets(0xFFFF_FFFF), "components/x/component/guest_cid"),
+        (sockets(sockets={"x": {"path": ""}}), "extensions/sockets/x/path"),
+        (sockets(sockets={"x": {"path": "/a/"}}), "extensions/sockets/x/path"),
+        (sockets(sockets={"y": {"path": "/a"}}), "extensions/sockets/y"),
+    ],
+)
+def test_what_is_wrong_with_a_socket(wrong: v5.InstanceSpec, place: str) -> None:
+    with pytest.raises(FieldError) as caught:
+        v5_spec.to_spec(wrong, "vm")
+    assert [where for where, _ in caught.value.problems] == [f"{v5_spec.SPEC_AT}/{place}"]
+
+
+def test_two_sockets_at_one_path() -> None:
+    other = msgspec.structs.replace(SOCKET, name="y", pci_path=PciPath(0, 7, 0))
+    with pytest.raises(SpecError, match=r"devices.0.path: two sockets have the same path\n"):
+        Spec(name="vm", cpus=1, memory_mib=64, boot=DirectBoot(kernel="/k"), devices=(SOCKET, other))
 
 
 @pytest.mark.parametrize(("fields", "field"), WRONG)

@@ -307,7 +307,7 @@ ONE_WRONG = [
     (MAIN + BLOCK + '[dev.d]\ndriver = "virtio-block"', "10:10", "did you mean 'pci-virtio-block'?"),
     (MAIN + BLOCK + '[dev.d]\ndriver = "pci-nvme"\nx = 1', "10:10", "driver 'pci-nvme' is known, but not available"),
     (MAIN + '[dev.n]\ndriver = "pci-virtio-viona"\nvnic = "v"', "7:10", "driver 'pci-virtio-viona' is known, but not"),
-    (MAIN + '[dev.n]\ndriver = "pci-virtio-socket"', "7:10", "driver 'pci-virtio-socket' is known, but not available"),
+    (MAIN + '[dev.n]\ndriver = "pci-virtio-9p"', "7:10", "driver 'pci-virtio-9p' is known, but not available"),
     (MAIN + BLOCK + DEVICE.replace("0.4.0", "0.4"), "12:12", "expected a PCI path"),
     (MAIN + BLOCK + DEVICE.replace("0.4.0", "0.1.3"), "12:12", "PCI path 0.1.3 belongs to the power management"),
     (MAIN + BLOCK + DEVICE.replace("0.4.0", "0.4.2"), "12:12", "a guest does not look at PCI path 0.4.2 unless"),

@@ -268,7 +268,6 @@ UNAVAILABLE = {
     "nvme_disk": {"backend_id": "b", "pci_path": pci(4), "serial_number": [0] * 20},
     "virtio_nic": {"backend_id": "b", "interface_id": ID, "pci_path": pci(4)},
     "pci_pci_bridge": {"downstream_bus": 1, "pci_path": pci(4)},
-    "virtio_socket": {"guest_cid": 3, "pci_path": pci(4)},
     "soft_npu_pci_port": {"pci_path": pci(4)},
     "soft_npu_port": {"backend_id": "b", "link_name": "l"},
     "soft_npu_p9": {"pci_path": pci(4)},
@@ -287,6 +286,7 @@ AVAILABLE = {
     "blob_storage_backend",
     "serial_port",
     "qemu_pvpanic",
+    "virtio_socket",
 }
 
 
