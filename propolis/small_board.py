@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from propolis import small_devices as model
+from propolis.devices.virtio.console import PortSetting, VirtioConsole
 from propolis.devices.virtio.rng import VirtioRng
 from propolis.devices.virtio.vsock import VirtioVsock
 
@@ -39,13 +40,22 @@ def make_device(vm: Vm, device: model.SmallDevice, keeper: SocketOpener, undo: E
             return VirtioRng(vm, device.name, bytes_per_second=device.bytes_per_second)
         case model.VirtioSocket():
             return _socket(vm, device, keeper, undo)
+        case model.VirtioConsole():
+            ports = [PortSetting(port.name, port.is_console, _listen(keeper, port.path, undo)) for port in device.ports]
+            return VirtioConsole(vm, device.name, ports)
 
 
 def _socket(vm: Vm, device: model.VirtioSocket, keeper: SocketOpener, undo: ExitStack) -> VirtioVsock:
     if device.path is None:
         return VirtioVsock(vm, device.name, guest_cid=device.guest_cid)
-    listener = keeper.open_listener(device.path)
-    undo.callback(listener.close)
+    listener = _listen(keeper, device.path, undo)
     connector = keeper.open_connector(device.path)
     undo.callback(connector.close)
-    return VirtioVsock(vm, device.name, guest_cid=device.guest_cid, listener=listener.socket, connector=connector)
+    return VirtioVsock(vm, device.name, guest_cid=device.guest_cid, listener=listener, connector=connector)
+
+
+def _listen(keeper: SocketOpener, path: str, undo: ExitStack) -> socket.socket:
+    listener = keeper.open_listener(path)
+    undo.callback(listener.close)
+    listener.socket.setblocking(False)
+    return listener.socket

@@ -389,7 +389,7 @@ def _device_problems(spec: Spec) -> Iterator[Problem]:
             for field, message in device.problems():
                 yield Problem(("devices", index, *field), message)
             if any(paths.count(path) > 1 for path in device.sockets()):
-                yield Problem(("devices", index, "path"), "two sockets have the same path")
+                yield Problem(("devices", index), "two sockets have the same path")
             continue
         if device.backend not in spec.backends:
             yield Problem(("devices", index, "backend"), f"there is no block backend {device.backend!r}")

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from propolis import spec as model
-from propolis.small_devices import MIN_GUEST_CID, VirtioRng, VirtioSocket
+from propolis.small_devices import MIN_GUEST_CID, ConsolePort, VirtioConsole, VirtioRng, VirtioSocket
 from propolis.toml_table import (
     NOT_HERE,
     Log,
@@ -187,6 +187,17 @@ def _virtio_socket(name: str, table: Table, path: AsPath) -> model.Device:
     )
 
 
+def _virtio_console(name: str, table: Table, path: AsPath) -> model.Device:
+    console = table.take("console", path, None)
+    ports = table.table("ports")
+    found = [] if console is None else [ConsolePort(name="console", path=console, is_console=True)]
+    found += [ConsolePort(name=port, path=ports.take(port, path, "?")) for port in ports.names]
+    if not found:
+        table.wrong("ports", f"{name!r} has no port: expected 'console' or [dev.{name}.ports]", is_key=True)
+        found = [ConsolePort(name="?", path="?")]
+    return VirtioConsole(name=name, pci_path=_take_pci_path(table), ports=tuple(found))
+
+
 def _number(value: object) -> int:
     """`guest_cid` was once written as a string."""
     return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else whole(value)
@@ -194,6 +205,7 @@ def _number(value: object) -> int:
 
 _DRIVERS: dict[str, Callable[[str, Table, AsPath], model.Device]] = {
     "pci-virtio-block": _virtio_block,
+    "pci-virtio-console": _virtio_console,
     "pci-virtio-rng": _virtio_rng,
     "pci-virtio-socket": _virtio_socket,
     "qemu-pvpanic": _pvpanic,

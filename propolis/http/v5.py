@@ -368,7 +368,22 @@ class RngDevice(Wire, frozen=True, tag_field="type", tag="virtio-rng"):
     bytes_per_second: U32 | None = None
 
 
-SmallDevice = RngDevice
+class ConsolePort(Wire, frozen=True):
+    """A port by its name in the guest, a terminal or not; its client connects to the unix socket `path`."""
+
+    name: str
+    path: str
+    is_console: bool = False
+
+
+class ConsoleDevice(Wire, frozen=True, tag_field="type", tag="virtio-console"):
+    """Ports by which programs of the guest and of the host talk."""
+
+    pci_path: PciPath
+    ports: tuple[ConsolePort, ...]
+
+
+SmallDevice = RngDevice | ConsoleDevice
 
 
 class Extensions(Wire, frozen=True):

@@ -33,4 +33,5 @@ def from_device(device: model.SmallDevice) -> v5.SmallDevice:
     """What goes below the device's name."""
     fields = msgspec.to_builtins(device)
     del fields["name"]
-    return msgspec.convert(fields, v5.SmallDevice)
+    wire: v5.SmallDevice = msgspec.convert(fields, v5.SmallDevice)
+    return wire

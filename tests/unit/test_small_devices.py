@@ -9,7 +9,7 @@ from propolis import spec as model
 from propolis import standalone_config
 from propolis.errors import ConfigError, FieldError
 from propolis.http import v5, v5_spec
-from propolis.small_devices import VirtioRng, VirtioSocket
+from propolis.small_devices import ConsolePort, VirtioConsole, VirtioRng, VirtioSocket
 from propolis.spec import DirectBoot, PciPath, Spec, SpecError
 from tests.unit.http.serving import BOARD
 
@@ -25,15 +25,40 @@ DEVICES: list[tuple[str, dict[str, Any], model.SmallDevice]] = [
         {"type": "virtio-rng", "bytes_per_second": 4096},
         VirtioRng(name="x", pci_path=AT, bytes_per_second=4096),
     ),
+    (
+        'driver = "pci-virtio-console"\nconsole = "hvc0"\nports = {"org.qemu.guest_agent.0" = "agent"}',
+        {
+            "type": "virtio-console",
+            "ports": (
+                {"name": "console", "path": "/vms/hvc0", "is_console": True},
+                {"name": "org.qemu.guest_agent.0", "path": "/vms/agent"},
+            ),
+        },
+        VirtioConsole(
+            name="x",
+            pci_path=AT,
+            ports=(
+                ConsolePort(name="console", path="/vms/hvc0", is_console=True),
+                ConsolePort(name="org.qemu.guest_agent.0", path="/vms/agent"),
+            ),
+        ),
+    ),
 ]
 
 # A virtio_socket is a component of 5.0.0; what is ours of it is in `extensions.sockets`.
 SOCKET = VirtioSocket(name="x", pci_path=AT, guest_cid=3, path="/vms/v.sock")
 
 # What is wrong: the device's fields in the API, and where that is found. A TOML file has the same keys.
+PORT = {"name": "p", "path": "/a"}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"type": "virtio-rng", "bytes_per_second": 0}, "bytes_per_second"),
     ({"type": "virtio-rng", "bytes_per_second": 1 << 31}, "bytes_per_second"),
+    ({"type": "virtio-console", "ports": ()}, "ports"),
+    ({"type": "virtio-console", "ports": tuple(PORT | {"name": f"p{i}", "path": f"/{i}"} for i in range(8))}, "ports"),
+    ({"type": "virtio-console", "ports": (PORT | {"name": ""},)}, "ports/0/name"),
+    ({"type": "virtio-console", "ports": (PORT | {"name": "a/b"},)}, "ports/0/name"),
+    ({"type": "virtio-console", "ports": (PORT | {"path": ""},)}, "ports/0/path"),
+    ({"type": "virtio-console", "ports": (PORT, PORT | {"path": "/b"})}, "ports/1/name"),
     ({"type": "virtio-rng", "pci_path": {**PATH, "device": 1}}, "pci_path"),
 ]
 
@@ -92,7 +117,7 @@ def test_what_is_wrong_with_a_socket(wrong: v5.InstanceSpec, place: str) -> None
 
 def test_two_sockets_at_one_path() -> None:
     other = msgspec.structs.replace(SOCKET, name="y", pci_path=PciPath(0, 7, 0))
-    with pytest.raises(SpecError, match=r"devices.0.path: two sockets have the same path\n"):
+    with pytest.raises(SpecError, match=r"devices.0: two sockets have the same path\n"):
         Spec(name="vm", cpus=1, memory_mib=64, boot=DirectBoot(kernel="/k"), devices=(SOCKET, other))
 
 

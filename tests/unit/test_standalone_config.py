@@ -302,7 +302,11 @@ ONE_WRONG = [
     (MAIN + BLOCK + "workers = 0", "9:11", "workers: expected 1 to 32 workers, not 0"),
     (MAIN + BLOCK + "worker = 1", "9:1", "unknown key 'worker' in [block_dev.image]: did you mean 'workers'?"),
     (MAIN + f'[block_dev.{"x" * 65}]\ntype = "file"\npath = "x"', "6:1", "cannot name a device or backend"),
-    (MAIN + BLOCK + "[dev.d]", "9:1", "[dev.d] has no 'driver': expected one of 'pci-virtio-block', 'pci-virtio-rng'"),
+    (
+        MAIN + BLOCK + "[dev.d]",
+        "9:1",
+        "[dev.d] has no 'driver': expected one of 'pci-virtio-block', 'pci-virtio-console'",
+    ),
     (MAIN + BLOCK + "[dev.d]\ndriver = 1", "10:10", "driver: expected a string, not 1"),
     (MAIN + BLOCK + '[dev.d]\ndriver = "virtio-block"', "10:10", "did you mean 'pci-virtio-block'?"),
     (MAIN + BLOCK + '[dev.d]\ndriver = "pci-nvme"\nx = 1', "10:10", "driver 'pci-nvme' is known, but not available"),
