@@ -116,6 +116,7 @@ class Machine:
             rom = load_bootrom(self.vm.memory, bootrom)
             flash = _flash(self.vm, keeper, spec.boot, rom.base, undo)
         self.vm.map_memory()
+        self.vm.add_interrupt_controllers()
         leaves, deadline_timer = self.vm.supported_cpuid(), self.vm.has_deadline_timer()
         if spec.cpuid is not None:
             leaves, deadline_timer = leaves_on(leaves, _entries(spec.cpuid), deadline_timer)

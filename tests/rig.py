@@ -146,6 +146,7 @@ def kvm(
         if read_only is not None:
             vm.memory.add(*read_only, read_only=True)
         vm.map_memory()
+        vm.add_interrupt_controllers()
         shared = machine_cpuid(vm.supported_cpuid(), cpus, interface, vm.has_deadline_timer())
         for index in range(cpus):
             vcpu = KvmVcpu(vm, index, rig.hear())

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 VM_NAMES = (
     "create_vcpu", "max_vcpus", "has_deadline_timer", "supported_cpuid", "supported_hyperv",
-    "map_memory", "inject_nmi", "reset", "close",
+    "map_memory", "add_interrupt_controllers", "inject_nmi", "reset", "close",
 )  # fmt: skip
 VCPU_NAMES = (
     "set_cpuid", "reset", "get_registers", "set_registers", "instruction_bytes", "failure_text", "close",

@@ -70,7 +70,6 @@ cdef class KvmVm(Vm):
         self.route_lock = Lock()
 
     def __init__(self, kvm_fd: int) -> None:
-        cdef kvm.kvm_pit_config pit
         cdef uint64_t identity_map = IDENTITY_MAP
         cdef long version
         self.kvm_fd = kvm_fd
@@ -91,14 +90,22 @@ cdef class KvmVm(Vm):
         self.fd = <int>call(kvm_fd, kvm.KVM_CREATE_VM, NULL, "create a virtual machine")
         call(self.fd, kvm.KVM_SET_IDENTITY_MAP_ADDR, &identity_map, "place the identity map")
         call(self.fd, kvm.KVM_SET_TSS_ADDR, <void *><uint64_t>TSS, "place the task state segment")
+        self.msr_list.nmsrs = MAX_MSRS
+        call(kvm_fd, kvm.KVM_GET_MSR_INDEX_LIST, &self.msr_list, "list the MSRs")
+
+    def add_interrupt_controllers(self) -> None:
+        """Gives the machine its PICs, I/O APIC, local APICs and PIT; called once, before there is a vCPU.
+
+        After `map_memory`: a new slot waits for whoever may still read the table of buses that was before these came,
+        which takes two ticks of the kernel's clock.
+        """
+        cdef kvm.kvm_pit_config pit
         call(self.fd, kvm.KVM_CREATE_IRQCHIP, NULL, "create the interrupt controllers")
         memset(&pit, 0, sizeof(pit))
         pit.flags = kvm.KVM_PIT_SPEAKER_DUMMY  # port 0x61, which calibration loops read
         call(self.fd, kvm.KVM_CREATE_PIT2, &pit, "create the PIT")
         self._route_chips()
         self._chips(kvm.KVM_GET_IRQCHIP, kvm.KVM_GET_PIT2)
-        self.msr_list.nmsrs = MAX_MSRS
-        call(kvm_fd, kvm.KVM_GET_MSR_INDEX_LIST, &self.msr_list, "list the MSRs")
 
     cdef int _route_chips(self) except -1:
         cdef uint32_t gsi

@@ -118,6 +118,9 @@ cdef class ReplayVm(Vm):
     def map_memory(self) -> None:
         """There is nobody to map it for."""
 
+    def add_interrupt_controllers(self) -> None:
+        """What would reach them is recorded."""
+
     def inject_nmi(self) -> None:
         """Recorded as the message to all local APICs that it is elsewhere."""
         self.signal_msi(0xFEEFF000, 0x400)
