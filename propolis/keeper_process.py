@@ -321,11 +321,11 @@ class Keeper:
             signal.signal(number, self._pass_on)
         try:
             with self._directory.listen() as listener:
-                self._introduce()
                 fds = [self._directory.fileno(), request, listener.fileno()]
                 with contextlib.suppress(OSError):  # it is dead, which is found out below
                     socket.send_fds(worker.channel, [b"start"], fds)
             os.close(request)
+            self._introduce()  # meanwhile the worker makes the VM, and asks for what it needs
             self._serve(worker.channel, worker.words)
         except BaseException:
             os.kill(worker.pid, signal.SIGKILL)  # not waited for yet: the number is still the worker's
