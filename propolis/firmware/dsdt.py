@@ -1,5 +1,7 @@
 """The DSDT's AML: processors, the PCI root with its interrupt routing and hotplug, and the ISA devices."""
 
+from functools import cache
+
 from propolis.firmware import aml, layout
 from propolis.firmware.board import Board
 
@@ -86,6 +88,7 @@ def _pci_root(board: Board) -> bytes:
     )
 
 
+@cache
 def _routing() -> bytes:
     """_PRT: which link each slot's pin drives (ACPI 6.5 §6.2.13). Pins count from 0 here, from 1 in PCI."""
     links = [aml.name_string(f"\\_SB.LNK{letter}") for letter in "ABCD"]
@@ -100,6 +103,7 @@ def _routing() -> bytes:
     return aml.package(rows)
 
 
+@cache
 def _links() -> bytes:
     """The interrupt links: A to D steer by the PIRQ registers, S is the SCI and cannot be moved."""
     interrupt = aml.interrupt_pci(SCI)
@@ -216,6 +220,7 @@ def _motherboard(board: Board) -> bytes:
     )
 
 
+@cache
 def _hotplug_slots() -> bytes:
     """Slot devices and PCNT, which tells the OS about every slot whose bit is set in the two status registers."""
     slots = range(FIRST_HOTPLUG_SLOT, PCI_SLOTS)
@@ -253,6 +258,7 @@ def _hotplug_slots() -> bytes:
     )
 
 
+@cache
 def _hotplug_event() -> bytes:
     """An edge event: the OS clears its status bit first, so that a change during PCNT raises it again."""
     return aml.scope("\\_GPE", aml.method(f"_E{HOTPLUG_GPE:02X}", 0, aml.call("\\_SB.PCI0.PCNT")))
