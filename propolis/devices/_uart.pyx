@@ -88,6 +88,7 @@ cdef class Uart(Region):
     cdef uint8_t ier, fcr, lcr, mcr, msr, scratch
     cdef uint8_t dll, dlm
     cdef uint8_t overrun             # LSR_OVERRUN or 0
+    cdef bint asserted               # the level of `line`, which is nobody else's
     cdef bint thre_pending           # the transmitter-empty interrupt
     cdef bint blocked                # a sender met a full ring: THRE is due when it drains
     cdef bint starved                # receive() could not place everything
@@ -296,7 +297,10 @@ cdef class Uart(Region):
 
     cdef void _drive(self) noexcept nogil:
         # OUT2 opens the PC's interrupt driver; loopback forces the pin off.
-        self.line.set(self.mcr & (MCR_OUT2 | MCR_LOOPBACK) == MCR_OUT2 and self._cause() != IIR_NONE)
+        cdef bint level = self.mcr & (MCR_OUT2 | MCR_LOOPBACK) == MCR_OUT2 and self._cause() != IIR_NONE
+        if level != self.asserted:  # most accesses change nothing: those do not take the machine's lock of interrupts
+            self.asserted = level
+            self.line.set(level)
 
     # -- the loop's side -----------------------------------------------------------------------------------------------
 
