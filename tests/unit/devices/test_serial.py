@@ -1,11 +1,12 @@
 """The 16550A from the guest's side: registers, FIFOs, interrupts, and what a driver's probe finds."""
 
+import asyncio
 import random
 from collections.abc import Iterator
 
 import pytest
 
-from propolis.devices.serial import PORTS, Serial
+from propolis.devices.serial import PORTS, STREAM_BYTES, Serial
 from propolis.hypervisor._replay import ReplayVm
 
 BASE = 0x3F8
@@ -83,6 +84,45 @@ def test_output_reaches_the_loop(bench: Bench) -> None:
     assert bench.printed == b""
     bench.vm.mailbox.dispatch()
     assert bench.printed == b"hello\x00\xff\x1b"
+
+
+async def test_a_stream_is_gathered_and_a_character_is_not(bench: Bench) -> None:
+    """Each character below is told of by itself, as to a loop that is faster than its guest."""
+    pieces: list[bytes] = []
+    bench.serial.on_output = pieces.append
+    bench.serial.start(asyncio.get_running_loop())
+
+    def say(text: bytes) -> None:
+        for byte in text:
+            bench.put(DATA, byte)
+            bench.vm.mailbox.dispatch()
+
+    await asyncio.sleep(0.01)
+    say(b"login: ")
+    assert pieces == [bytes([byte]) for byte in b"login: "]
+    text = bytes(range(256)) * 8
+    say(text)
+    assert len(pieces) <= STREAM_BYTES + len(b"login: ")
+    async with asyncio.timeout(10):
+        while b"".join(pieces) != b"login: " + text:  # noqa: ASYNC110 -- nobody tells
+            await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)
+    count = len(pieces)
+    say(b"x")
+    assert pieces[count:] == [b"x"]
+
+
+async def test_what_is_being_gathered_is_shown_when_the_machine_halts(bench: Bench) -> None:
+    bench.serial.start(asyncio.get_running_loop())
+    for _ in range(2):
+        for byte in bytes(2 * STREAM_BYTES):
+            bench.put(DATA, byte)
+        bench.vm.mailbox.dispatch()
+    assert len(bench.printed) == 2 * STREAM_BYTES
+    await bench.serial.halt()
+    assert len(bench.printed) == 4 * STREAM_BYTES
+    await asyncio.sleep(0.01)
+    assert len(bench.printed) == 4 * STREAM_BYTES
 
 
 def test_wide_accesses_are_bytes_in_a_row(bench: Bench) -> None:
