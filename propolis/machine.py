@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from propolis import __version__, offer, threads
 from propolis import spec as model
+from propolis.backends._iopool import IoPool
 from propolis.board import Board
 from propolis.board import Keeper as BoardKeeper
 from propolis.devices.fw_cfg import FirmwareConfig
@@ -377,9 +378,15 @@ def _flash(vm: Vm, keeper: Keeper, spec: model.FirmwareBoot, end: int, undo: Exi
     if spec.nvram is None:
         return None
     fd = keeper.open_nvram(spec.nvram, spec.nvram_template)
-    undo.callback(os.close, fd)
+    pool = IoPool(1)
+
+    def let_go() -> None:
+        if pool.close():  # else its storage hangs, and closing it may too
+            os.close(fd)
+
+    undo.callback(let_go)
     place = nvram.load(vm.memory, fd, spec.nvram, end)
-    return ParallelFlash(vm, place.base, place.size, fd, spec.nvram)
+    return ParallelFlash(vm, place.base, place.size, fd, spec.nvram, pool)
 
 
 def _physical_bits(cpuid: list[Entry]) -> int:

@@ -65,7 +65,8 @@ cdef class Selector:
     cdef Vm vm
     cdef GuestMemory memory
     cdef uint32_t slot               # in the mailbox
-    cdef Lock lock                   # guards all below
+    cdef Lock lock                   # guards all below; held by a vCPU as long as the file of an item takes
+    cdef Lock written_lock           # taken last; guards what the loop looks at: writable items' content, was_written
     cdef Item items[MAX_ITEMS]
     cdef uint32_t count
     cdef Item *selected              # NULL for a key that nothing has: it reads as zeros
@@ -75,6 +76,7 @@ cdef class Selector:
 
     def __cinit__(self, *args: object, **kwargs: object) -> None:
         self.lock = Lock()
+        self.written_lock = Lock()
         self.files = []
 
     def __init__(self, Vm vm, slot: int) -> None:
@@ -127,13 +129,13 @@ cdef class Selector:
         """(key, content) of every item that the guest has written to since the last call."""
         cdef uint32_t i
         written = []
-        self.lock.acquire()
+        self.written_lock.acquire()
         for i in range(self.count):
             if self.items[i].was_written:
                 self.items[i].was_written = False
                 written.append((self.items[i].key,
                                 PyBytes_FromStringAndSize(<char *>self.items[i].content, self.items[i].size)))
-        self.lock.release()
+        self.written_lock.release()
         return written
 
     def reset(self) -> None:
@@ -192,19 +194,23 @@ cdef class Selector:
 
     cdef bint _write(self, uint64_t address, uint64_t length) noexcept nogil:
         cdef Item *item = self.selected
+        cdef bint is_there
         if (item == NULL or not item.is_writable or self.position > item.size
-                or length > item.size - self.position
-                or not self.memory.copy_in(address, item.content + self.position, length)):
+                or length > item.size - self.position):
             return False
-        self.position += length
-        item.was_written = True
-        return True
+        self.written_lock.acquire()
+        is_there = self.memory.copy_in(address, item.content + self.position, length)
+        if is_there:
+            item.was_written = True
+        self.written_lock.release()
+        if is_there:
+            self.position += length
+        return is_there
 
     cdef void dma(self, uint64_t address) noexcept nogil:
         """Does what the command at this guest-physical address says, and answers there."""
         cdef Command command
         cdef uint32_t control, result
-        cdef bint has_written = False
         if not self.memory.copy_in(address, &command, sizeof(command)):
             return  # there is no place for an answer either
         control = swap32(command.control)
@@ -212,11 +218,10 @@ cdef class Selector:
         if control & DMA_SELECT:
             self._select(<uint16_t>(control >> 16))
         result = 0 if self._transfer(control, swap32(command.length), swap64(command.address)) else DMA_ERROR
-        has_written = self.selected != NULL and self.selected.was_written
         self.lock.release()
         result = swap32(result)
         self.memory.copy_out(address, &result, sizeof(result))
-        if has_written:
+        if control & DMA_WRITE:
             self.vm.mailbox.post(self.slot, ITEM_WRITTEN)
 
     cdef bint _transfer(self, uint32_t control, uint64_t length, uint64_t address) noexcept nogil:

@@ -9,7 +9,10 @@ import pytest
 
 from propolis.devices import fw_cfg
 from propolis.devices.fw_cfg import FirmwareConfig
-from propolis.hypervisor._replay import ReplayVm
+from propolis.hypervisor._replay import ReplayVcpu, ReplayVm
+from tests import fuse_file
+from tests.hung_file import HungFile
+from tests.rig import Replayed, Rig
 
 MEMORY = 1 << 20
 COMMAND = 0x8000
@@ -199,3 +202,26 @@ def test_fuzz(bench: Bench, seed: int) -> None:
             bench.dma(control, dice.choice((0, 1, 28, 4096, 1 << 31)), dice.choice((0, BUFFER, MEMORY - 1, 1 << 50)))
     assert bench.read(0, 4) == b"QEMU"
     assert bench.directory()["etc/one"] == (768, 0x20)
+
+
+def test_a_file_that_hangs(bench: Bench, tmp_path: Path) -> None:
+    """The vCPU that reads it waits; the loop does not, which hears of what another one wrote."""
+    key = 0x8
+    with HungFile(tmp_path / "storage", FILE) as file, open(file.path, "rb", buffering=0) as opened:
+        bench.config.add_open_file(key, opened, 0, len(FILE))
+        two = bench.directory()["etc/two"][1]
+        bench.vm.memory.write(BUFFER, b"w" * 28)
+        assert bench.dma(two << 16 | SELECT | WRITE, 28) == 0
+        file.hang(fuse_file.READ)
+        rig: Replayed = Rig(bench.vm)
+        vcpu = ReplayVcpu(bench.vm, 0, rig.hear(), [("out", 0x510, 2, key), ("in", 0x511, 1), ("in", 0x511, 1)])
+        rig.vcpus.append(vcpu)
+        with rig:
+            rig.start()
+            file.wait()
+            bench.vm.mailbox.dispatch()
+            assert bench.written == [b"w" * 28]
+            assert not vcpu.is_done
+            file.go_on()
+            rig.spin_until("the vCPU's end", lambda: vcpu.is_done)
+            assert vcpu.results() == [FILE[0], FILE[1]]

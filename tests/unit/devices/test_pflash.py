@@ -1,19 +1,23 @@
 """The flash from firmware's side: how it is found, programmed and erased, and what its file then has."""
 
 import asyncio
-import errno
 import os
 import random
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from propolis.devices.pflash import ParallelFlash
+from propolis.backends._iopool import IoPool
+from propolis.devices.pflash import SYNC_DELAY, ParallelFlash
 from propolis.errors import BusyError, ImageError
 from propolis.firmware import nvram
-from propolis.hypervisor._replay import ReplayVm
+from propolis.hypervisor._replay import ReplayVcpu, ReplayVm
 from propolis.keeper import LocalKeeper
+from tests.fuse_file import FSYNC, WRITE
+from tests.hung_file import HungFile
+from tests.rig import Replayed, Rig
 
 END = 0xFFC8_4000
 SIZE = 0x8000
@@ -27,12 +31,14 @@ class Bench:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.write_bytes(bytes(range(256)) * (SIZE // 256))
+        if not path.exists():
+            path.write_bytes(bytes(range(256)) * (SIZE // 256))
         self.fd = LocalKeeper().open_nvram(str(path), None)
         self.vm = ReplayVm()
         place = nvram.load(self.vm.memory, self.fd, str(path), END)
         assert (place.base, place.size) == (BASE, SIZE)
-        self.device = ParallelFlash(self.vm, place.base, place.size, self.fd, str(path))
+        self.pool = IoPool(1)
+        self.device = ParallelFlash(self.vm, place.base, place.size, self.fd, str(path), self.pool)
 
     def write(self, offset: int, value: int, size: int = 1) -> None:
         self.vm.mmio.write(BASE + offset, size, value)
@@ -60,7 +66,12 @@ class Bench:
         """As the guest reads it from its memory."""
         return self.vm.memory.read(BASE, SIZE)
 
+    def syncs(self) -> int:
+        """How often its file was synced."""
+        return self.pool.stats()["performed"]
+
     def close(self) -> None:
+        self.pool.close()
         os.close(self.fd)
         self.__dict__.clear()
 
@@ -142,29 +153,25 @@ def test_a_reset_shows_the_array(bench: Bench) -> None:
     assert bench.status() == READY
 
 
-async def test_what_is_written_reaches_the_disk(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_written_reaches_the_disk(bench: Bench) -> None:
     """Soon, once for many commands, and before anybody is told that the device has come to rest."""
-    synced: list[bytes] = []
-    real = os.fdatasync
-
-    def note(fd: int) -> None:
-        synced.append(bench.path.read_bytes())
-        real(fd)
-
-    monkeypatch.setattr(os, "fdatasync", note)
+    bench.device.start(asyncio.get_running_loop())
     bench.erase(0)
     for offset in range(50):
         bench.program(offset, b"x")
         bench.vm.mailbox.dispatch()
     async with asyncio.timeout(10):
-        while not synced:  # noqa: ASYNC110 -- a thread notes it
+        while not bench.syncs():  # noqa: ASYNC110 -- nobody tells
             await asyncio.sleep(0.01)
-    assert len(synced) == 1
-    assert synced[0][:51] == b"x" * 50 + b"\xff"
+    await asyncio.sleep(2 * SYNC_DELAY)
+    assert bench.syncs() == 1
     bench.program(50, b"y")
     bench.vm.mailbox.dispatch()
     await bench.device.drained()
-    assert synced[-1][50] == ord("y")
+    assert bench.syncs() == 2
+    await asyncio.sleep(2 * SYNC_DELAY)
+    assert bench.syncs() == 2
+    await bench.device.halt()
 
 
 def test_a_file_that_cannot_be_written(bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -173,10 +180,11 @@ def test_a_file_that_cannot_be_written(bench: Bench, tmp_path: Path, caplog: pyt
         os.dup2(readable.fileno(), bench.fd)
 
     async def serve() -> None:
+        bench.device.start(asyncio.get_running_loop())
         for _ in range(3):
             bench.program(0x0F, b"\x01")
             bench.vm.mailbox.dispatch()
-        await bench.device.drained()
+        await bench.device.halt()
 
     asyncio.run(serve())
     assert bench.status() & PROGRAM_ERROR
@@ -184,24 +192,58 @@ def test_a_file_that_cannot_be_written(bench: Bench, tmp_path: Path, caplog: pyt
     assert len([record for record in caplog.records if "cannot be kept" in record.getMessage()]) == 1
 
 
-async def test_a_disk_that_fails(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_disk_that_fails(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     """A pause and a reboot go on: the log says what is lost, each time."""
-
-    def fail(_fd: int) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "fdatasync", fail)
+    bench.device.start(asyncio.get_running_loop())
     bench.erase(0)
+    ours, theirs = os.pipe()
+    os.dup2(theirs, bench.fd)  # which nothing syncs
+    os.close(ours)
+    os.close(theirs)
     bench.vm.mailbox.dispatch()
     async with asyncio.timeout(10):
-        while not caplog.records:  # noqa: ASYNC110 -- a thread fails
+        while not caplog.records:  # noqa: ASYNC110 -- nobody else tells
             await asyncio.sleep(0.01)
     await bench.device.drained()
     told = [record.getMessage() for record in caplog.records if "cannot be kept" in record.getMessage()]
     assert len(told) == 2
-    assert all(line.endswith("reason=Input/output error") for line in told)
+    assert all(line.endswith("reason=Invalid argument") for line in told)
+    await bench.device.halt()
+
+
+async def test_a_disk_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The VM ends all the same, and says what that may have cost."""
+    monkeypatch.setattr("propolis.devices.pflash.HALT_PATIENCE", 0.1)
+    with HungFile(tmp_path / "storage", bytes(SIZE)) as file, closing(Bench(file.path)) as bench:
+        bench.device.start(asyncio.get_running_loop())
+        bench.erase(0)
+        file.hang(FSYNC)
+        bench.vm.mailbox.dispatch()
+        await asyncio.to_thread(file.wait)
+        await bench.device.halt()
+        assert "its storage hangs" in caplog.text
+        assert not bench.pool.close(0.1)
+        file.go_on()
+        assert bench.pool.close()
+
+
+def test_a_command_that_hangs(tmp_path: Path) -> None:
+    """A vCPU waits for the file; nobody else does."""
+    with HungFile(tmp_path / "storage", bytes(SIZE)) as file, closing(Bench(file.path)) as bench:
+        file.hang(WRITE)
+        rig: Replayed = Rig(bench.vm)
+        vcpu = ReplayVcpu(bench.vm, 0, rig.hear(), [("write", BASE, 1, ERASE), ("write", BASE, 1, CONFIRM)])
+        rig.vcpus.append(vcpu)
+        with rig:
+            rig.start()
+            file.wait()
+            assert bench.device.stats() == {"failed_writes": 0}
+            assert not vcpu.is_done
+            file.go_on()
+            rig.spin_until("the end of the command", lambda: vcpu.is_done)
+        assert file.path.read_bytes()[:2] == b"\xff\xff"
 
 
 @pytest.mark.parametrize("seed", range(4))
