@@ -76,6 +76,11 @@ cdef class Queue:
     # 1 and a chain; 0 when there is none; -1 after a ring error. Each chain is pushed exactly once.
     cdef int pop(self, Chain *chain) noexcept nogil
     cdef void push(self, uint16_t head, uint32_t written) noexcept nogil
+    # A device that looks for a buffer before it has anything to put into it takes its last pop back.
+    cdef void unpop(self, uint16_t head) noexcept nogil
+    # push in two steps, for chains that the driver has to see together: put each, then publish.
+    cdef void put(self, uint16_t head, uint32_t written) noexcept nogil
+    cdef void publish(self) noexcept nogil
     cdef void fail(self, int error) noexcept nogil
     # suppress -> pop until empty or the budget is spent -> listen -> look again where that is True.
     cdef void suppress(self) noexcept nogil

@@ -277,7 +277,14 @@ cdef class Queue:
             chain.readable_bytes += length
         return RING_FINE
 
-    cdef void push(self, uint16_t head, uint32_t written) noexcept nogil:
+    cdef void unpop(self, uint16_t head) noexcept nogil:
+        """The chain popped last is the next one again; nothing of it was pushed."""
+        self.busy[head >> 6] &= ~(<uint64_t>1 << (head & 63))
+        self.in_flight -= 1
+        self.next_avail -= 1
+        self.popped -= 1
+
+    cdef void put(self, uint16_t head, uint32_t written) noexcept nogil:
         cdef uint64_t offset
         if self.used == NULL or head >= self.size or not self.busy[head >> 6] >> (head & 63) & 1:
             return
@@ -288,8 +295,16 @@ cdef class Queue:
         st32_rlx(self.used + offset + 4, written)
         self.memory.mark_dirty(self.used_gpa + offset, 8)
         self.next_used += 1
-        st16_rel(self.used + 2, self.next_used)  # after the element and the buffers; pairs with the driver's acquire
-        self.memory.mark_dirty(self.used_gpa + 2, 2)
+
+    cdef void publish(self) noexcept nogil:
+        if self.used != NULL:
+            # After the elements and the buffers; pairs with the driver's acquire.
+            st16_rel(self.used + 2, self.next_used)
+            self.memory.mark_dirty(self.used_gpa + 2, 2)
+
+    cdef void push(self, uint16_t head, uint32_t written) noexcept nogil:
+        self.put(head, written)
+        self.publish()
 
     cdef void suppress(self) noexcept nogil:
         """A hint that we look at the ring anyway. With EVENT_IDX the old avail_event does that by itself."""

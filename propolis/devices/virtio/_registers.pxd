@@ -11,7 +11,8 @@ from propolis._vmm cimport Vm
 from propolis.devices.pci._function cimport PciFunction
 
 cdef enum:
-    MAX_QUEUES = 16          # doorbells share their window with three other parts: _bus.MAX_PARTS
+    # Eight pairs and a control queue. Doorbells share their window with three other parts: _bus.MAX_PARTS.
+    MAX_QUEUES = 17
     CONFIG_SPACE = 256
     COMMON_LENGTH = 56
 

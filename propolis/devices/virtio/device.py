@@ -85,12 +85,22 @@ class VirtioDevice(Device):
     def deactivate(self) -> None:
         """Drained, and about to be reset."""
 
+    def begin_work(self) -> None:
+        """Active and not paused: kicks come from now on; listen to the backend."""
+
+    def end_work(self) -> None:
+        """Paused, reset or halted: listen to nothing."""
+
     def config_written(self) -> None:
         """The guest wrote device configuration."""
 
     def in_flight(self) -> int:
         """Chains that are not given back yet."""
         return sum(queue.in_flight_count for queue in self.queues)
+
+    def is_listening(self, index: int) -> bool:
+        """Whether queue `index` is set up, and the device works."""
+        return index in self._listening
 
     def again(self, index: int) -> None:
         """Serves a queue once more after everybody else on the loop had a turn."""
@@ -228,8 +238,10 @@ class VirtioDevice(Device):
         self._listening = [queue.index for queue in self.queues if queue.is_ready]
         for index in self._listening:
             self._loop.add_reader(self.function.doorbells[index].fileno(), self._on_doorbell, index)
+        self.begin_work()
 
     def _stop_listening(self) -> None:
+        self.end_work()
         for index in self._listening:
             if self._loop is not None:
                 self._loop.remove_reader(self.function.doorbells[index].fileno())
