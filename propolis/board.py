@@ -11,6 +11,7 @@ from propolis.backends._iopool import IoPool
 from propolis.backends.block import nocloud
 from propolis.backends.block.file import FileBackend
 from propolis.backends.block.memory import MemoryBackend
+from propolis.board_network import open_backend
 from propolis.devices.keyboard_controller import KeyboardController
 from propolis.devices.pci.bus import Windows
 from propolis.devices.pci.chipset import Chipset
@@ -21,11 +22,13 @@ from propolis.devices.ramfb import Ramfb
 from propolis.devices.rtc import RealTimeClock
 from propolis.devices.serial import Serial
 from propolis.devices.virtio.blk import VirtioBlk
+from propolis.devices.virtio.net import VirtioNet, own_mac
 from propolis.firmware.board import Board as TableBoard
 from propolis.firmware.layout import ram_ranges
 from propolis.small_board import SocketOpener, make_device
 
 if TYPE_CHECKING:
+    import uuid
     from collections.abc import Callable
 
     from propolis._vmm import Vm
@@ -37,6 +40,7 @@ class Keeper(SocketOpener, Protocol):
     """The keeper, as far as the board needs it."""
 
     def open_disk(self, path: str, *, read_only: bool) -> int: ...
+    def open_network(self, name: str, network: model.Network, queues: int) -> list[int]: ...
 
 
 class Board:
@@ -46,12 +50,14 @@ class Board:
         self,
         vm: Vm,
         spec: model.Spec,
+        identity: uuid.UUID,
         keeper: Keeper,
         windows: DeviceWindows,
         on_power: Callable[[PowerEvent], None],
         undo: ExitStack,
     ) -> None:
         self._spec = spec
+        self._identity = identity
         self._windows = windows
         power = vm.mailbox.register(lambda bits: on_power(PowerEvent(bits)))
         low, *high = ram_ranges(spec.memory_mib << 20)
@@ -74,6 +80,8 @@ class Board:
         for device in spec.devices:
             if isinstance(device, model.VirtioBlock):
                 self._add_disk(vm, device, spec.backends[device.backend], keeper, undo)
+            elif isinstance(device, model.VirtioNic):
+                self._add_card(vm, device, keeper, undo)
             elif isinstance(device, model.Pvpanic) and device.enable_isa:
                 self.devices.append(Pvpanic(vm, power))
             elif isinstance(device, model.SmallDevice):
@@ -81,9 +89,26 @@ class Board:
         if self.ramfb is not None:
             self.devices.append(self.ramfb)
 
+    def _add_card(self, vm: Vm, device: model.VirtioNic, keeper: Keeper, undo: ExitStack) -> None:
+        network = self._spec.backends[device.backend]
+        assert isinstance(network, model.Network)
+        backend = open_backend(keeper, device.backend, network, device.queues)
+        undo.callback(backend.close)
+        card = VirtioNet(
+            vm,
+            device.name,
+            backend,
+            mac=bytes.fromhex(device.mac.replace(":", "")) if device.mac else own_mac(self._identity, device.name),
+            mtu=device.mtu,
+            own_address_only=device.own_address_only,
+        )
+        self.chipset.bus.add(card.function, device.pci_path.device, device.pci_path.function)
+        self.devices.append(card)
+
     def _add_disk(
         self, vm: Vm, device: model.VirtioBlock, backend: model.Backend, keeper: Keeper, undo: ExitStack
     ) -> None:
+        assert isinstance(backend, model.Block)
         workers = (backend.workers or model.BLOCK_WORKERS) if isinstance(backend, model.FileBlock) else 1
         pool = IoPool(workers)
         undo.callback(pool.close)

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import resource
+import shutil
 import sys
 from typing import TYPE_CHECKING, Literal
 
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 def examine(settings: config.Settings) -> Iterator[Check]:
     """Look at everything."""
     yield _kvm()
-    looks: tuple[Callable[[], Check], ...] = (_jail, _io_uring, _tun, _memory, _huge_pages, _files, _cgroup)
+    looks: tuple[Callable[[], Check], ...] = (_jail, _io_uring, _tun, _passt, _memory, _huge_pages, _files, _cgroup)
     for look in looks:
         try:
             yield look()
@@ -124,6 +125,12 @@ def _tun() -> Check:
     except OSError as error:
         return Check("tun", "warning", f"/dev/net/tun: {error.strerror}", "modprobe tun; be root for taps")
     return Check("tun", "ok", "/dev/net/tun can be opened")
+
+
+def _passt() -> Check:
+    if (path := shutil.which("passt")) is None:
+        return Check("passt", "warning", "not installed: no network without root", "apt-get install passt")
+    return Check("passt", "ok", path)
 
 
 def _memory() -> Check:

@@ -7,7 +7,16 @@ import functools
 import os
 
 from propolis.errors import ConfigError, ForbiddenError
-from propolis.spec import CLOUD_INIT_VOLUME_BYTES, NVRAM_MAX_BYTES, BlobBlock, CloudInit, FirmwareBoot, Spec, boot_files
+from propolis.spec import (
+    CLOUD_INIT_VOLUME_BYTES,
+    NVRAM_MAX_BYTES,
+    BlobBlock,
+    CloudInit,
+    FileBlock,
+    FirmwareBoot,
+    Spec,
+    boot_files,
+)
 
 
 def paths_of(spec: Spec) -> list[str]:
@@ -38,7 +47,7 @@ def largest_file(spec: Spec) -> int:
             sizes.append(len(backend.content))
         elif isinstance(backend, CloudInit):
             sizes.append(CLOUD_INIT_VOLUME_BYTES)
-        elif not backend.readonly:
+        elif isinstance(backend, FileBlock) and not backend.readonly:
             with contextlib.suppress(OSError):
                 sizes.append(os.stat(backend.path).st_size)
     return max(sizes)

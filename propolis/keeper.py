@@ -9,8 +9,10 @@ from io import FileIO
 
 from propolis.disk_image import open_image
 from propolis.errors import HypervisorError, ImageError
+from propolis.host_network import open_network
 from propolis.host_sockets import DirectConnector, HostListener
 from propolis.nvram_file import open_nvram
+from propolis.spec import Network
 
 
 def _reason(error: OSError) -> str:
@@ -69,3 +71,10 @@ class LocalKeeper:
         Raises BusyError naming who holds it, ImageError where there is none to be had, BackendError.
         """
         return open_nvram(path, template)
+
+    def open_network(self, name: str, network: Network, queues: int) -> list[int]:
+        """A descriptor for each of a card's pairs of queues, or one for all; the caller closes them.
+
+        Opened again, it is a new one: of a tap by its name, or of another passt. Raises BackendError.
+        """
+        return open_network(network, queues)

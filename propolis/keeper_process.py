@@ -36,6 +36,7 @@ from propolis.keeper_protocol import (
     OpenImage,
     Opening,
     OpenListener,
+    OpenNetwork,
     OpenNvram,
     Ready,
     Start,
@@ -44,7 +45,7 @@ from propolis.keeper_protocol import (
 )
 from propolis.processes import Process
 from propolis.run_directory import MAX_WORDS, ExitRecord, RunDirectory
-from propolis.spec import FirmwareBoot, Spec, boot_files
+from propolis.spec import FirmwareBoot, Network, Spec, VirtioNic, boot_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -233,6 +234,8 @@ class Opener:
         self._firmware = spec.boot if isinstance(spec.boot, FirmwareBoot) else None
         self._disks = {file.path for file in spec.files()}
         self._writable = {file.path for file in spec.files() if not file.readonly}
+        self._cards = {device.backend: device for device in spec.devices if isinstance(device, VirtioNic)}
+        self._networks = {name: found for name, found in spec.backends.items() if isinstance(found, Network)}
         self._sockets = spec.sockets()
         self._listeners: list[HostListener] = []
         self.connectors: list[ConnectorServer] = []
@@ -244,8 +247,16 @@ class Opener:
         for connector in self.connectors:
             connector.close()
 
-    def open(self, message: Opening) -> int:
-        """A descriptor. Raises PropolisError."""
+    def open(self, message: Opening | OpenNetwork) -> list[int]:
+        """Descriptors. Raises PropolisError."""
+        if isinstance(message, OpenNetwork):
+            name = message.backend
+            if name not in self._networks or name not in self._cards:
+                raise BackendError(f"open network {name!r}: the VM's spec does not name it")
+            return self._local.open_network(name, self._networks[name], self._cards[name].queues)
+        return [self._open(message)]
+
+    def _open(self, message: Opening) -> int:
         match message:
             case OpenHypervisor():
                 return self._local.open_hypervisor()
@@ -414,18 +425,18 @@ class Keeper:
                 self._failure = text
                 self._announce(Answer(code if code in KINDS else "internal", text[:MAX_TEXT]))
                 return True
-        fd = -1
+        fds: list[int] = []
         try:
             try:
-                fd = self._opener.open(message)
+                fds = self._opener.open(message)
                 answer = Answer()
             except PropolisError as error:
                 answer = Answer.refusal(error)
             except (OSError, ValueError) as error:
                 answer = Answer("backend", f"open what the worker asks for: {error}"[:MAX_TEXT])
-            return _tell(channel, answer, (fd,) if fd >= 0 else ())
+            return _tell(channel, answer, tuple(fds))
         finally:
-            if fd >= 0:
+            for fd in fds:
                 os.close(fd)
 
     def _announce(self, answer: Answer) -> None:

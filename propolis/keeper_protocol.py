@@ -1,6 +1,6 @@
 """What a worker and its keeper say to each other, on a pair of sockets that keep messages apart.
 
-A request is answered by an error or by a descriptor. The keeper treats what comes from its worker as what a guest says.
+A request is answered by an error or by descriptors. The keeper treats what comes from its worker as what a guest says.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import msgspec
 from propolis import errors
 from propolis.errors import BackendError, PropolisError
 from propolis.host_sockets import AskingConnector
-from propolis.spec import Spec  # noqa: TC001 -- msgspec reads it
+from propolis.network_spec import MAX_NIC_QUEUES
+from propolis.spec import Network, Spec  # noqa: TC001 -- msgspec reads it
 
 MAX_MESSAGE = 64 << 10
 ANSWER_TIMEOUT: Final = 60.0  # seconds that a file may take to open
@@ -61,6 +62,12 @@ class OpenConnector(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag
     path: str
 
 
+class OpenNetwork(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Asks for the host's side of the card that has this backend."""
+
+    backend: str
+
+
 class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """The VM is made and its socket is served. Not answered."""
 
@@ -73,11 +80,11 @@ class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
 
 
 Opening = OpenHypervisor | OpenImage | OpenDisk | OpenNvram | OpenListener | OpenConnector
-Message = Opening | Ready | Failed
+Message = Opening | OpenNetwork | Ready | Failed
 
 
 class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """With a descriptor where there is no error."""
+    """With a descriptor, or several of a network, where there is no error."""
 
     code: str | None = None
     message: str = ""
@@ -141,7 +148,10 @@ class PassedListener:
 
 
 class RemoteKeeper:
-    """The keeper as its worker has it; the same as `LocalKeeper`. Calls block: the VM is not there yet."""
+    """The keeper as its worker has it; the same as `LocalKeeper`.
+
+    Calls block: the VM is not there yet, or one of its networks is not, and the keeper is quick at that.
+    """
 
     def __init__(self, channel: socket.socket) -> None:
         """Owns the socket."""
@@ -181,6 +191,10 @@ class RemoteKeeper:
         """Who has the keeper connect to the sockets at `path`, "_" and a number. Raises BackendError."""
         return AskingConnector(socket.socket(fileno=self._open(OpenConnector(path), f"sockets beside '{path}'")))
 
+    def open_network(self, name: str, network: Network, queues: int) -> list[int]:
+        """Descriptors, which the caller closes. Raises BackendError."""
+        return self._open_all(OpenNetwork(name), f"network {name!r}", MAX_NIC_QUEUES)
+
     def report_ready(self) -> None:
         """The VM is made and its socket is served."""
         self._send(Ready())
@@ -196,9 +210,12 @@ class RemoteKeeper:
             raise BackendError(f"talk to the keeper: {error.strerror or error}") from error
 
     def _open(self, message: Message, what: str) -> int:
+        return self._open_all(message, what, 1)[0]
+
+    def _open_all(self, message: Message, what: str, most: int) -> list[int]:
         self._send(message)
         try:
-            data, fds = receive(self._channel, 1)
+            data, fds = receive(self._channel, most)
         except TimeoutError as error:
             raise BackendError(f"open {what}: no answer within {ANSWER_TIMEOUT:g} s") from error
         except OSError as error:
@@ -207,10 +224,10 @@ class RemoteKeeper:
             raise BackendError(f"open {what}: the keeper has ended")
         try:
             msgspec.json.decode(data, type=Answer).raise_error()
-            if len(fds) != 1:
+            if not fds:
                 raise BackendError(f"open {what}: the keeper's answer has no descriptor")
         except BaseException:
             for fd in fds:
                 os.close(fd)
             raise
-        return fds[0]
+        return fds

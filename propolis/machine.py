@@ -62,6 +62,7 @@ class Keeper(BoardKeeper, Protocol):
     def open_hypervisor(self) -> int: ...
     def open_image(self, path: str, what: str) -> FileIO: ...
     def open_nvram(self, path: str, template: str | None) -> int: ...
+    def open_network(self, name: str, network: model.Network, queues: int) -> list[int]: ...
 
 
 class Machine:
@@ -131,7 +132,7 @@ class Machine:
             self.vcpus.append(vcpu)
         place = layout.firmware_windows if bootrom is not None else layout.device_windows
         windows = place(memory_size, _physical_bits(self.cpuid))
-        self.board = Board(self.vm, spec, keeper, windows, self._on_power, undo)
+        self.board = Board(self.vm, spec, self.identity, keeper, windows, self._on_power, undo)
         self.devices: list[Device] = self.board.devices
         if flash is not None:
             self.devices.append(flash)

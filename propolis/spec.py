@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 import msgspec
 
 from propolis.errors import ConfigError
-from propolis.pci_path import PciPath as PciPath  # noqa: PLC0414 -- whoever has a Spec finds it here
+from propolis.network_spec import Network as Network  # noqa: PLC0414 -- whoever has a Spec finds it here
+from propolis.network_spec import Tap as Tap  # noqa: PLC0414
+from propolis.network_spec import UserNetwork as UserNetwork  # noqa: PLC0414
+from propolis.network_spec import VirtioNic as VirtioNic  # noqa: PLC0414
+from propolis.network_spec import network_problems, nic_problems
+from propolis.pci_path import PciPath as PciPath  # noqa: PLC0414 -- likewise
 from propolis.small_devices import SmallDevice as SmallDevice  # noqa: PLC0414 -- likewise
 
 if TYPE_CHECKING:
@@ -125,7 +130,7 @@ class Screen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     name: str
 
 
-Device = VirtioBlock | Pvpanic | Screen | SmallDevice
+Device = VirtioBlock | VirtioNic | Pvpanic | Screen | SmallDevice
 
 
 class FileBlock(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="file"):
@@ -161,7 +166,8 @@ class CloudInit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     network_config: str | None = None
 
 
-Backend = FileBlock | BlobBlock | CloudInit
+Block = FileBlock | BlobBlock | CloudInit
+Backend = Block | Network
 
 _SINGLE: dict[type[Device], str] = {Screen: "screen", Pvpanic: "pvpanic"}
 
@@ -385,21 +391,29 @@ def _device_problems(spec: Spec) -> Iterator[Problem]:
             wrong = f"a guest does not look at PCI path {device.pci_path} unless {first} is there"
             yield Problem(("devices", index, "pci_path"), wrong)
         owners.setdefault(device.pci_path, device.name)
-        if not isinstance(device, VirtioBlock):
+        if isinstance(device, SmallDevice):
             for field, message in device.problems():
                 yield Problem(("devices", index, *field), message)
             if any(paths.count(path) > 1 for path in device.sockets()):
                 yield Problem(("devices", index), "two sockets have the same path")
             continue
-        if device.backend not in spec.backends:
-            yield Problem(("devices", index, "backend"), f"there is no block backend {device.backend!r}")
+        kind, wanted = ("network", Network) if isinstance(device, VirtioNic) else ("block", Block)
+        behind = spec.backends.get(device.backend)
+        if not isinstance(behind, wanted):
+            yield Problem(("devices", index, "backend"), f"there is no {kind} backend {device.backend!r}")
         elif (user := users.setdefault(device.backend, device.name)) != device.name:
-            wrong = f"block backend {device.backend!r} is already used by device {user!r}"
+            wrong = f"{kind} backend {device.backend!r} is already used by device {user!r}"
             yield Problem(("devices", index, "backend"), wrong)
-        if not 1 <= device.queues <= MAX_BLOCK_QUEUES:
-            yield Problem(("devices", index, "queues"), f"expected 1 to {MAX_BLOCK_QUEUES} queues, not {device.queues}")
-        if (serial := device.serial) is not None and not (serial.isascii() and 0 < len(serial) <= SERIAL_BYTES):
-            yield Problem(("devices", index, "serial"), f"expected 1 to {SERIAL_BYTES} ASCII characters")
+        problems = nic_problems(device, spec.cpus, behind) if isinstance(device, VirtioNic) else _disk_problems(device)
+        for name, wrong in problems:
+            yield Problem(("devices", index, name), wrong)
+
+
+def _disk_problems(device: VirtioBlock) -> Iterator[tuple[str, str]]:
+    if not 1 <= device.queues <= MAX_BLOCK_QUEUES:
+        yield "queues", f"expected 1 to {MAX_BLOCK_QUEUES} queues, not {device.queues}"
+    if (serial := device.serial) is not None and not (serial.isascii() and 0 < len(serial) <= SERIAL_BYTES):
+        yield "serial", f"expected 1 to {SERIAL_BYTES} ASCII characters"
 
 
 def _function_zero(path: PciPath) -> PciPath:
@@ -425,6 +439,9 @@ def _backend_problems(name: str, backend: Backend) -> Iterator[Problem]:
         return
     if isinstance(backend, CloudInit):
         yield from _cloud_init_problems(where, backend)
+        return
+    if isinstance(backend, UserNetwork | Tap):
+        yield from (Problem((*where, *place), wrong) for place, wrong in network_problems(backend))
         return
     yield from _path_problems((*where, "path"), backend.path)
     if backend.block_size not in BLOCK_SIZES:

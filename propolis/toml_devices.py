@@ -1,4 +1,7 @@
-"""The tables of a TOML file that describe devices, `[block_dev.NAME]` and `[dev.NAME]`, for whatever file has them."""
+"""The tables of a TOML file that describe devices, for whatever file has them.
+
+They are `[dev.NAME]`, and what is behind each, `[block_dev.NAME]` and `[net_dev.NAME]`.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
 _OTHER_BACKENDS = ("crucible", "crucible-mem", "mem-async")
 _OTHER_DRIVERS = (
     "pci-nvme",
-    "pci-virtio-viona",
     "pci-virtio-9p",
     "softnpu-pci-port",
     "softnpu-port",
@@ -37,9 +39,11 @@ _OTHER_DRIVERS = (
 )
 
 _BACKENDS = ("file", "cloudinit")
+_NETWORKS = ("user", "tap")
 
 # The keys of the file that are not called as the field of the Spec which they set.
-_KEYS = {"pci_path": "pci-path", "backend": "block_dev"}
+_KEYS = {"pci_path": "pci-path"}
+_NETWORK_FIELDS = ("forward", "interface", "bridge")
 
 _TEXTS = ("user-data", "meta-data", "network-config")
 
@@ -57,15 +61,45 @@ class DeviceTables:
     def __init__(self, folder: str, *, may_read: bool = True) -> None:
         self._folder = folder
         self._may_read = may_read
+        self._implied: dict[str, model.Network] = {}  # of cards that name no [net_dev]
 
     def read(self, root: Table) -> tuple[list[model.Device], dict[str, model.Backend]]:
-        """The tables `[dev]`, `[block_dev]` and `[cloudinit]` of a file."""
+        """The tables `[dev]`, `[block_dev]`, `[net_dev]` and `[cloudinit]` of a file."""
         cloud_init = self._cloud_init(root.table("cloudinit")) if "cloudinit" in root else None
         tables = root.table("block_dev")
         backends = {name: self._backend(tables.table(name), cloud_init) for name in tables.names}
         if cloud_init is not None and cloud_init not in backends.values():
             root.wrong("cloudinit", "no [block_dev.NAME] is the volume: expected one of type 'cloudinit'", is_key=True)
-        return self._devices(root.table("dev")), backends
+        networks = root.table("net_dev")
+        for name in networks.names:
+            network = self._network(networks.table(name))
+            if backends.setdefault(name, network) is not network:
+                networks.wrong(name, f"there is a [block_dev.{name}] as well: expected another name", is_key=True)
+        devices = self._devices(root.table("dev"))
+        for device in devices:
+            if isinstance(device, model.VirtioNic) and device.backend == _implied(device.name):
+                backends.setdefault(device.backend, self._implied.get(device.name, model.UserNetwork()))
+        return devices, backends
+
+    def _network(self, table: Table) -> model.Network:
+        kind = table.require("type", text, None, f"one of {', '.join(map(repr, _NETWORKS))}")
+        network: model.Network = model.UserNetwork()
+        if kind == "user":
+            network = model.UserNetwork(
+                forward=table.take("forward", _texts, ()),
+                host=table.take("host", flag, False),
+            )
+        elif kind == "tap":
+            network = model.Tap(
+                interface=table.take("interface", text, None),
+                bridge=table.take("bridge", text, None),
+            )
+        else:
+            if kind is not None:
+                table.wrong("type", f"unknown network type {show(kind)}: {advice(kind, list(_NETWORKS))}")
+            return network
+        table.finish()
+        return network
 
     def _cloud_init(self, table: Table) -> model.CloudInit:
         user_data, meta_data, network_config = (self._text(table, key) for key in _TEXTS)
@@ -137,6 +171,8 @@ class DeviceTables:
             table.wrong("driver", f"unknown driver {show(driver)}: {hint}")
             return None
         device = read(name, table, self.path)
+        if driver == "pci-virtio-viona":
+            self._implied[name] = model.Tap(interface=table.require("vnic", text, "?", "the name of a host's link"))
         table.finish()
         return device
 
@@ -159,6 +195,31 @@ def _virtio_block(name: str, table: Table, _: AsPath) -> model.Device:
         pci_path=_take_pci_path(table),
         queues=table.take("queues", whole, 1),
         serial=table.take("serial", text, None),
+    )
+
+
+def _implied(card: str) -> str:
+    """What the network of a card is called that names none."""
+    return f"{card[:54]}-network"
+
+
+def _virtio_net(name: str, table: Table, _: AsPath) -> model.Device:
+    return model.VirtioNic(
+        name=name,
+        backend=table.take("net_dev", text, _implied(name)),
+        pci_path=_take_pci_path(table),
+        queues=table.take("queues", whole, 1),
+        mac=table.take("mac", text, None),
+        mtu=table.take("mtu", whole, None),
+        own_address_only=table.take("own_address_only", flag, False),
+    )
+
+
+def _viona(name: str, table: Table, _: AsPath) -> model.Device:
+    return model.VirtioNic(
+        name=name,
+        backend=_implied(name),
+        pci_path=_take_pci_path(table),
     )
 
 
@@ -208,6 +269,8 @@ _DRIVERS: dict[str, Callable[[str, Table, AsPath], model.Device]] = {
     "pci-virtio-console": _virtio_console,
     "pci-virtio-rng": _virtio_rng,
     "pci-virtio-socket": _virtio_socket,
+    "pci-virtio-net": _virtio_net,
+    "pci-virtio-viona": _viona,
     "qemu-pvpanic": _pvpanic,
     "ramfb": _screen,
 }
@@ -216,16 +279,25 @@ _DRIVERS: dict[str, Callable[[str, Table, AsPath], model.Device]] = {
 def place_in_file(where: Path, devices: list[model.Device]) -> tuple[Path, bool] | None:
     """The path in the file of a field of a Spec that is about its devices, and whether the key there is at fault."""
     if where[0] == "devices" and isinstance(where[1], int):
-        table: Path = ("dev", devices[where[1]].name)
+        device = devices[where[1]]
+        table: Path = ("dev", device.name)
         field = str(where[-1])
         if len(where) == 2 or field == "name":
             return table, True
+        if field == "backend":
+            return (*table, "net_dev" if isinstance(device, model.VirtioNic) else "block_dev"), False
         return (*table, _KEYS.get(field, field)), False
     if where[0] == "boot_order":
         return ("main", "boot_order", where[-1]), False
     if where[0] == "backends":
         if len(where) == 2:
-            return ("block_dev", where[1]), True
+            is_network = any(isinstance(d, model.VirtioNic) and d.backend == where[1] for d in devices)
+            return ("net_dev" if is_network else "block_dev", where[1]), True
+        if where[2] in _NETWORK_FIELDS:
+            card = next((d.name for d in devices if isinstance(d, model.VirtioNic) and d.backend == where[1]), None)
+            if card is not None and where[1] == _implied(card):
+                return ("dev", card, "vnic"), False
+            return ("net_dev", *where[1:3]), False
         if (key := str(where[2]).replace("_", "-")) in _TEXTS:
             return ("cloudinit", key), False
         return ("block_dev", *where[1:]), False
@@ -243,6 +315,12 @@ def take_boot_order(table: Table) -> model.BootOrder | None:
     """The key `boot_order`, an array of the names of devices."""
     names = table.take("boot_order", _names, None)
     return None if names is None else model.BootOrder(devices=names)
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise UnexpectedError(f"expected an array of strings, not {show(value)}")
+    return tuple(value)
 
 
 def _names(value: object) -> tuple[str, ...]:

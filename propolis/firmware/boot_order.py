@@ -40,6 +40,8 @@ def boot_order(spec: model.Spec) -> bytes | None:
 
 
 def _line(spec: model.Spec, device: model.Device) -> str | None:
+    if isinstance(device, model.VirtioNic):
+        return open_firmware_path("network", device.pci_path)
     if not isinstance(device, model.VirtioBlock) or isinstance(spec.backends[device.backend], model.CloudInit):
         return None
     return open_firmware_path("virtio-block", device.pci_path)

@@ -35,6 +35,7 @@ _AT_ONCE = 64
 _MAX_PARTS = 256  # vCPUs, devices or counters of one VM
 _LABEL = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 _OPERATIONS = ("reads", "writes", "flushes", "discards", "others")
+_FRAMES = re.compile(r"(rx|tx)_(packets|bytes|dropped|filtered|errors)")
 _BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _METHODS = frozenset(("GET", "HEAD", "PUT", "POST", "PATCH", "DELETE"))
 
@@ -166,6 +167,13 @@ def _of_workers(told: dict[str, Numbers]) -> list[Metric]:
         "propolis_vm_block_operations", "Requests of disks", labels=["vm", "device", "operation"]
     )
     moved = CounterMetricFamily("propolis_vm_block_bytes", "Bytes of disks", labels=["vm", "device", "direction"])
+    frames = CounterMetricFamily(
+        "propolis_vm_network_packets", "Frames of network cards", labels=["vm", "device", "direction", "outcome"]
+    )
+    carried = CounterMetricFamily(
+        "propolis_vm_network_bytes", "Bytes of network cards", labels=["vm", "device", "direction"]
+    )
+    linked = GaugeMetricFamily("propolis_vm_network_up", "Whether the card has a link", labels=["vm", "device"])
     other = CounterMetricFamily("propolis_vm_device_events", "What devices count", labels=["vm", "device", "kind"])
     printed = CounterMetricFamily("propolis_vm_console_bytes", "What consoles printed", labels=["vm", "console"])
     watchers = GaugeMetricFamily("propolis_vm_console_clients", "Clients of consoles", labels=["vm", "console"])
@@ -183,6 +191,14 @@ def _of_workers(told: dict[str, Numbers]) -> list[Metric]:
                     operations.add_metric([vm, _short(device), kind], value)
                 elif kind in ("bytes_read", "bytes_written"):
                     moved.add_metric([vm, _short(device), kind.removeprefix("bytes_")], value)
+                elif match := _FRAMES.fullmatch(kind):
+                    direction = "received" if match[1] == "rx" else "sent"
+                    if match[2] == "bytes":
+                        carried.add_metric([vm, _short(device), direction], value)
+                    else:
+                        frames.add_metric([vm, _short(device), direction, match[2]], value)
+                elif kind == "link_up":
+                    linked.add_metric([vm, _short(device)], value)
                 else:
                     other.add_metric([vm, _short(device), kind], value)
         for console, counters in list(numbers.consoles.items())[:_MAX_PARTS]:
@@ -194,7 +210,21 @@ def _of_workers(told: dict[str, Numbers]) -> list[Metric]:
         process.add_metric([vm, "system"], found.get("system_seconds", 0))
         resident.add_metric([vm], found.get("max_resident_kib", 0) * 1024)
         reboots.add_metric([vm], numbers.reboots)
-    return [exits, vcpu_time, process, resident, operations, moved, other, printed, watchers, reboots]
+    return [
+        exits,
+        vcpu_time,
+        process,
+        resident,
+        operations,
+        moved,
+        frames,
+        carried,
+        linked,
+        other,
+        printed,
+        watchers,
+        reboots,
+    ]
 
 
 def _counters(given: dict[str, object]) -> Iterator[tuple[str, float]]:

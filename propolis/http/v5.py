@@ -349,6 +349,28 @@ class CloudInitExtension(Wire, frozen=True):
     network_config: str | None = None
 
 
+class NicExtension(Wire, frozen=True):
+    """More about a virtio_nic, by its id. With `own_address_only` the guest sends from its own address alone."""
+
+    queues: U32 = 1
+    mac: str | None = None
+    mtu: U32 | None = None
+    own_address_only: bool = False
+
+
+class UserNetworkExtension(Wire, frozen=True, tag_field="type", tag="user"):
+    """The host's network without a privilege, by passt; its virtio_network_backend has an empty vnic_name."""
+
+    forward: tuple[str, ...] = ()
+    host: bool = False
+
+
+class TapExtension(Wire, frozen=True, tag_field="type", tag="tap"):
+    """The tap called vnic_name, or one that is made where that is empty, as a port of a bridge."""
+
+    bridge: str | None = None
+
+
 class ScreenExtension(Wire, frozen=True):
     """A screen with keyboard and mouse."""
 
@@ -398,6 +420,8 @@ class Extensions(Wire, frozen=True):
     disks: dict[SpecKey, DiskExtension] = {}
     files: dict[SpecKey, FileExtension] = {}
     cloud_init: dict[SpecKey, CloudInitExtension] = {}
+    nics: dict[SpecKey, NicExtension] = {}
+    networks: dict[SpecKey, UserNetworkExtension | TapExtension] = {}
     screen: ScreenExtension | None = None
     sockets: dict[SpecKey, SocketExtension] = {}
     devices: dict[SpecKey, SmallDevice] = {}

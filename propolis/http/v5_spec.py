@@ -14,6 +14,7 @@ from propolis.small_devices import VirtioSocket
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator
+    from types import UnionType
 
 T = TypeVar("T")
 
@@ -24,7 +25,6 @@ _NOBODY = uuid.UUID(int=0)
 
 _UNAVAILABLE = {
     v5.NvmeDiskComponent: "nvme_disk",
-    v5.VirtioNicComponent: "virtio_nic",
     v5.PciPciBridgeComponent: "pci_pci_bridge",
     v5.SoftNpuPciPortComponent: "soft_npu_pci_port",
     v5.SoftNpuPortComponent: "soft_npu_port",
@@ -32,7 +32,6 @@ _UNAVAILABLE = {
     v5.P9fsComponent: "p9fs",
     v5.MigrationFailureInjectorComponent: "migration_failure_injector",
     v5.CrucibleStorageBackendComponent: "crucible_storage_backend",
-    v5.VirtioNetworkBackendComponent: "virtio_network_backend",
     v5.DlpiNetworkBackendComponent: "dlpi_network_backend",
 }
 _PORTS = {
@@ -115,11 +114,18 @@ class _Reader:
         self._board()
         for written, component in self._wire.components.items():
             self._component(written, component)
-        self._leftovers("disks", "virtio_disk", self._more.disks, {name for name, _ in self._named_disks()})
+        self._leftovers(
+            "disks", "virtio_disk", self._more.disks, {name for name, _ in self._named_devices(model.VirtioBlock)}
+        )
         self._leftovers("files", "file_storage_backend", self._more.files, self._named_backends(model.FileBlock))
         sockets = {device.name for _, device in self._devices if isinstance(device, VirtioSocket)}
         self._leftovers("sockets", "virtio_socket", self._more.sockets, sockets)
         volumes = self._named_backends(model.CloudInit)
+        self._leftovers(
+            "nics", "virtio_nic", self._more.nics, {name for name, _ in self._named_devices(model.VirtioNic)}
+        )
+        networks = self._named_backends(model.Network)
+        self._leftovers("networks", "virtio_network_backend", self._more.networks, networks)
         self._leftovers("cloud_init", "blob_storage_backend", self._more.cloud_init, volumes)
         if self._more.screen is not None:
             self._devices.append(("", model.Screen(name=key(self._more.screen.name))))
@@ -158,10 +164,10 @@ class _Reader:
             exit_on_reboot=self._more.exit_on_reboot,
         )
 
-    def _named_disks(self) -> Iterator[tuple[str, model.Device]]:
-        return ((device.name, device) for _, device in self._devices if isinstance(device, model.VirtioBlock))
+    def _named_devices(self, kind: type[model.Device]) -> Iterator[tuple[str, model.Device]]:
+        return ((device.name, device) for _, device in self._devices if isinstance(device, kind))
 
-    def _named_backends(self, kind: type[model.Backend]) -> set[str]:
+    def _named_backends(self, kind: type[model.Backend] | UnionType) -> set[str]:
         return {name for name, backend in self._backends.items() if isinstance(backend, kind)}
 
     def _wrong(self, message: str, *parts: str | int) -> None:
@@ -212,6 +218,10 @@ class _Reader:
         elif isinstance(component, v5.VirtioSocketComponent):
             more = _find(self._more.sockets, name) or v5.SocketExtension()
             self._devices.append((written, v5_devices.to_socket(name, component.component, more)))
+        elif isinstance(component, v5.VirtioNicComponent):
+            self._devices.append((written, self._nic(name, component.component)))
+        elif isinstance(component, v5.VirtioNetworkBackendComponent):
+            self._backends[name] = self._network(written, name, component.component.vnic_name)
         elif isinstance(component, v5.QemuPvpanicComponent):
             panic = model.Pvpanic(name=name, enable_isa=component.component.enable_isa)
             self._devices.append((written, panic))
@@ -238,6 +248,30 @@ class _Reader:
             queues=more.queues,
             serial=more.serial,
         )
+
+    def _nic(self, name: str, nic: v5.VirtioNic) -> model.VirtioNic:
+        more = _find(self._more.nics, name) or v5.NicExtension()
+        path = nic.pci_path
+        return model.VirtioNic(
+            name=name,
+            backend=key(nic.backend_id),
+            pci_path=model.PciPath(path.bus, path.device, path.function),
+            queues=more.queues,
+            mac=more.mac,
+            mtu=more.mtu,
+            own_address_only=more.own_address_only,
+            interface_id=nic.interface_id,
+        )
+
+    def _network(self, written: str, name: str, vnic: str) -> model.Network:
+        more = _find(self._more.networks, name)
+        if isinstance(more, v5.UserNetworkExtension) or (more is None and not vnic):
+            if vnic:
+                wanted = "expected an empty string, because extensions.networks says what it is"
+                self._wrong(wanted, "components", written, "component", "vnic_name")
+            more = more or v5.UserNetworkExtension()
+            return model.UserNetwork(forward=more.forward, host=more.host)
+        return model.Tap(interface=vnic or None, bridge=None if more is None else more.bridge)
 
     def _file(self, name: str, file: v5.FileStorageBackend) -> model.FileBlock:
         more = _find(self._more.files, name) or v5.FileExtension()
@@ -311,8 +345,9 @@ class _Reader:
                     return self._at + pointer("extensions", "sockets", written, field)
             elif isinstance(device, model.SmallDevice):
                 return self._at + pointer("extensions", "devices", written, *(rest[1:] if field != "name" else ()))
-            if field in ("queues", "serial"):
-                return self._at + pointer("extensions", "disks", written, field)
+            if field in ("queues", "serial", "mac", "mtu"):
+                kind = "nics" if isinstance(device, model.VirtioNic) else "disks"
+                return self._at + pointer("extensions", kind, written, field)
             below = _DEVICE_FIELDS.get(field)
             return self._at + pointer("components", written) + (f"/{below}" if below else "")
         if first == "serial_ports":
@@ -336,6 +371,11 @@ class _Reader:
         if isinstance(self._backends[name], model.CloudInit):
             extension = next(other for other in self._more.cloud_init if key(other) == name)
             return pointer("extensions", "cloud_init", extension, *rest)
+        if rest[0] in ("forward", "bridge"):
+            extension = next(other for other in self._more.networks if key(other) == name)
+            return pointer("extensions", "networks", extension, *rest)
+        if rest[0] == "interface":
+            rest = ["vnic_name"]
         field = "base64" if rest == ["content"] else rest[0]
         return pointer("components", written, "component", field)
 
@@ -347,6 +387,8 @@ class _Writer:
         self._disks: dict[str, v5.DiskExtension] = {}
         self._files: dict[str, v5.FileExtension] = {}
         self._cloud_init: dict[str, v5.CloudInitExtension] = {}
+        self._nics: dict[str, v5.NicExtension] = {}
+        self._networks: dict[str, v5.UserNetworkExtension | v5.TapExtension] = {}
         self._screen: v5.ScreenExtension | None = None
         self._sockets: dict[str, v5.SocketExtension] = {}
         self._small: dict[str, v5.SmallDevice] = {}
@@ -399,17 +441,43 @@ class _Writer:
         if isinstance(device, model.SmallDevice):
             self._small[device.name] = v5_devices.from_device(device)
             return
-        path = device.pci_path
-        disk = v5.VirtioDisk(
-            backend_id=backends[device.backend],
-            pci_path=v5.PciPath(bus=path.bus, device=path.device, function=path.function),
-        )
+        path = v5.PciPath(bus=device.pci_path.bus, device=device.pci_path.device, function=device.pci_path.function)
+        if isinstance(device, model.VirtioNic):
+            self._nic(device, backends[device.backend], path)
+            return
+        disk = v5.VirtioDisk(backend_id=backends[device.backend], pci_path=path)
         self._components[device.name] = v5.VirtioDiskComponent(component=disk)
         more = v5.DiskExtension(queues=device.queues, serial=device.serial)
         if more != v5.DiskExtension():
             self._disks[device.name] = more
 
+    def _nic(self, device: model.VirtioNic, backend: str, path: v5.PciPath) -> None:
+        identity = device.interface_id or uuid.uuid5(_NOBODY, device.name)
+        nic = v5.VirtioNic(backend_id=backend, interface_id=identity, pci_path=path)
+        self._components[device.name] = v5.VirtioNicComponent(component=nic)
+        more = v5.NicExtension(
+            queues=device.queues, mac=device.mac, mtu=device.mtu, own_address_only=device.own_address_only
+        )
+        if more != v5.NicExtension():
+            self._nics[device.name] = more
+
+    def _network(self, name: str, network: model.Network) -> None:
+        vnic = ""
+        if network == model.UserNetwork():
+            pass  # as one is that nothing is said of
+        elif isinstance(network, model.UserNetwork):
+            self._networks[name] = v5.UserNetworkExtension(forward=network.forward, host=network.host)
+        else:
+            vnic = network.interface or ""
+            if not vnic or network.bridge is not None:
+                self._networks[name] = v5.TapExtension(bridge=network.bridge)
+        backend = v5.VirtioNetworkBackend(vnic_name=vnic)
+        self._components[name] = v5.VirtioNetworkBackendComponent(component=backend)
+
     def _backend(self, name: str, backend: model.Backend) -> None:
+        if isinstance(backend, model.UserNetwork | model.Tap):
+            self._network(name, backend)
+            return
         if isinstance(backend, model.FileBlock):
             self._file(name, backend)
             return
@@ -452,6 +520,8 @@ class _Writer:
             disks=self._disks,
             files=self._files,
             cloud_init=self._cloud_init,
+            nics=self._nics,
+            networks=self._networks,
             screen=self._screen,
             sockets={name: more for name, more in self._sockets.items() if more != v5.SocketExtension()},
             devices=self._small,

@@ -144,16 +144,11 @@ ARROWS: dict[str, set[str]] = {
     },
     "zygote": {"keeper_protocol", "running_vm", "run_directory", "spec", "errors"},
     "zygote_process": {"worker", "keeper_process", "keeper_protocol", "errors"},
-    "keeper": {
-        "disk_image",
-        "host_sockets",
-        "nvram_file",
-        "config",
-        "errors",
-    },  # opens files, and nothing compiled for it
+    # opens files, and nothing compiled for it
+    "keeper": {"disk_image", "host_network", "host_sockets", "nvram_file", "config", "spec", "errors"},
     "host_sockets": {"unix_name"},
     "keeper_process": {"host_sockets", "keeper", "keeper_protocol", "processes", "run_directory", "spec", "errors"},
-    "keeper_protocol": {"host_sockets", "spec", "errors"},
+    "keeper_protocol": {"host_sockets", "network_spec", "spec", "errors"},
     "running_vm": {"run_directory", "processes"},
     "log_tail": {"console", "logs"},
     "run_directory": {"atomic_file", "console", "disk_image", "state_file", "mapped_file", "processes", "errors"},
@@ -162,6 +157,7 @@ ARROWS: dict[str, set[str]] = {
     "processes": set(),
     "disk_image": {"errors"},
     "nvram_file": {"disk_image", "errors"},
+    "host_network": {"spec", "errors"},
     # deciding
     # handlers see the VM and its lifecycle, never a device
     "http": {
@@ -259,6 +255,7 @@ ARROWS: dict[str, set[str]] = {
     "offer": {"devices", "firmware"},
     "small_board": {"devices", "small_devices", "_vmm"},
     "board": {
+        "board_network",
         "small_board",
         "hypervisor",
         "hypervisor.state",
@@ -269,6 +266,7 @@ ARROWS: dict[str, set[str]] = {
         "errors",
         "_vmm",
     },
+    "board_network": {"backends", "spec", "errors"},
     "display": {"_memory", "errors"},
     # confining
     "jail": {"landlock", "syscall_filter", "threads", "errors"},
@@ -304,7 +302,8 @@ ARROWS: dict[str, set[str]] = {
     "power_off": {"config", "run_directory", "running_vm", "errors"},
     "config": {"spec", "names", "toml_boot", "toml_devices", "toml_table", "errors"},
     "names": {"spec", "processes", "errors"},
-    "spec": {"pci_path", "small_devices", "errors"},
+    "spec": {"network_spec", "pci_path", "small_devices", "errors"},
+    "network_spec": {"pci_path"},
     "small_devices": {"pci_path"},
     "pci_path": set(),
     "errors": set(),

@@ -20,7 +20,7 @@ from propolis.lifecycle import State
 from propolis.processes import Process
 from propolis.run_directory import RunDirectory
 from propolis.running_vm import RunningVm, find_running
-from propolis.spec import FirmwareBoot
+from propolis.spec import FirmwareBoot, PciPath, Tap, UserNetwork, VirtioNic
 from tests.unit.keepers import ended, idle, is_gone, kept, serving, spec, until
 
 
@@ -379,6 +379,38 @@ async def test_there_is_no_file_of_variables_without_firmware(directory: RunDire
     with kept(directory, spec(tmp_path), serving(work)) as one:
         record = await ended(one.introduced())
     assert record.stderr == "ImageError: open nvram: the VM's spec has none"
+
+
+async def test_it_gives_the_networks_that_the_spec_has(directory: RunDirectory, tmp_path: Path) -> None:
+    """Once more where one has ended; the worker neither names a program nor an interface."""
+    card = VirtioNic(name="n", backend="net", pci_path=PciPath(0, 6, 0))
+    lan = VirtioNic(name="m", backend="lan", pci_path=PciPath(0, 7, 0))
+    plain = spec(tmp_path)
+    vm_spec = msgspec.structs.replace(
+        plain,
+        devices=(*plain.devices, card, lan),
+        backends={**plain.backends, "net": UserNetwork(), "lan": Tap(bridge="nosuchbridge")},
+    )
+
+    def work(keeper: RemoteKeeper, _ends: Ends) -> None:
+        lines = []
+        for _ in range(2):
+            [fd] = keeper.open_network("net", Tap(interface="eth0"), 1)
+            with socket.socket(fileno=fd) as end:
+                lines.append(f"{end.type == socket.SOCK_STREAM}")
+        others = ("lan", "disk", "none")
+        lines += [attempt(lambda: keeper.open_network(name, UserNetwork(), 1)) for name in others]
+        os.write(2, "\n".join(lines).encode())
+        os._exit(0)
+
+    with kept(directory, vm_spec, serving(work)) as one:
+        record = await ended(one.introduced())
+    lines = record.stderr.splitlines()
+    assert lines[:2] == ["True", "True"]
+    assert lines[2].startswith("BackendError: make a tap: ")
+    assert lines[3:] == [
+        f"BackendError: open network {name!r}: the VM's spec does not name it" for name in ("disk", "none")
+    ]
 
 
 @pytest.mark.parametrize("read_only", [True, False])

@@ -14,7 +14,10 @@ from propolis.spec import (
     FileBlock,
     PciPath,
     Pvpanic,
+    Tap,
+    UserNetwork,
     VirtioBlock,
+    VirtioNic,
 )
 from propolis.standalone_config import load, parse
 
@@ -42,6 +45,15 @@ DEVICE = """[dev.block0]
 driver = "pci-virtio-block"
 block_dev = "image"
 pci-path = "0.4.0"
+"""
+NIC = """[dev.n]
+driver = "pci-virtio-net"
+pci-path = "0.5.0"
+"""
+VIONA = """[dev.n]
+driver = "pci-virtio-viona"
+vnic = "net0"
+pci-path = "0.5.0"
 """
 
 
@@ -132,7 +144,9 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
 )
 def test_both_spellings_of_read_only(readonly: str, expected: bool) -> None:
     spec = parse(MAIN + BLOCK + readonly, "vm.toml", "/")
-    assert spec.backends["image"].readonly is expected
+    image = spec.backends["image"]
+    assert isinstance(image, FileBlock)
+    assert image.readonly is expected
 
 
 def test_cpuid_profiles() -> None:
@@ -310,7 +324,20 @@ ONE_WRONG = [
     (MAIN + BLOCK + "[dev.d]\ndriver = 1", "10:10", "driver: expected a string, not 1"),
     (MAIN + BLOCK + '[dev.d]\ndriver = "virtio-block"', "10:10", "did you mean 'pci-virtio-block'?"),
     (MAIN + BLOCK + '[dev.d]\ndriver = "pci-nvme"\nx = 1', "10:10", "driver 'pci-nvme' is known, but not available"),
-    (MAIN + '[dev.n]\ndriver = "pci-virtio-viona"\nvnic = "v"', "7:10", "driver 'pci-virtio-viona' is known, but not"),
+    (MAIN + '[dev.n]\ndriver = "pci-virtio-viona"\npci-path = "0.5.0"', "6:1", "[dev.n] has no 'vnic'"),
+    (MAIN + VIONA.replace("net0", "net/0"), "8:8", "vnic: expected the name of an interface, 1 to 15 of"),
+    (MAIN + NIC + "queues = 9", "9:10", "queues: expected 1 to 8 pairs of queues, not 9"),
+    (MAIN + NIC + "queues = 8", "9:10", "queues: expected at most a pair of queues for each CPU, 4, not 8"),
+    (MAIN + NIC + "queues = 2", "9:10", "queues: a network of type 'user' has one pair of queues, not 2"),
+    (MAIN + NIC + 'mac = "01:00:00:00:00:01"', "9:7", "mac: expected a MAC address of one card such as"),
+    (MAIN + NIC + 'mac = "0"', "9:7", "mac: expected a MAC address of one card such as"),
+    (MAIN + NIC + "mtu = 1279", "9:7", "mtu: expected an MTU from 1280 to 65520, not 1279"),
+    (MAIN + NIC + 'net_dev = "n"', "9:11", "net_dev: there is no network backend 'n'"),
+    (MAIN + NIC + 'net_dev = "n"\n[net_dev.n]', "10:1", "[net_dev.n] has no 'type': expected one of 'user', 'tap'"),
+    (MAIN + '[net_dev.n]\ntype = "tab"', "7:8", "unknown network type 'tab': did you mean 'tap'?"),
+    (MAIN + '[net_dev.n]\ntype = "user"\nbridge = "b"', "8:1", "unknown key 'bridge' in [net_dev.n]"),
+    (MAIN + '[net_dev.n]\ntype = "user"\nforward = "22"', "8:11", "forward: expected an array of strings, not '22'"),
+    (MAIN + BLOCK + '[net_dev.image]\ntype = "user"', "9:1", "there is a [block_dev.image] as well"),
     (MAIN + '[dev.n]\ndriver = "pci-virtio-9p"', "7:10", "driver 'pci-virtio-9p' is known, but not available"),
     (MAIN + BLOCK + DEVICE.replace("0.4.0", "0.4"), "12:12", "expected a PCI path"),
     (MAIN + BLOCK + DEVICE.replace("0.4.0", "0.1.3"), "12:12", "PCI path 0.1.3 belongs to the power management"),
@@ -428,3 +455,31 @@ def test_what_is_hardly_a_file(tmp_path: Path, content: bytes, message: str) -> 
 def test_what_cannot_be_opened(tmp_path: Path, name: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         load(f"{tmp_path}/{name}")
+
+
+def test_network_cards(tmp_path: Path) -> None:
+    """One that says nothing of it is on the network of a user."""
+    file = tmp_path / "vm.toml"
+    other = NIC.replace("dev.n", "dev.m").replace("0.5.0", "0.6.0")
+    file.write_text(
+        MAIN
+        + NIC
+        + other
+        + 'net_dev = "lan"\nqueues = 2\nmac = "02:00:00:00:00:01"\nmtu = 9000\nown_address_only = true\n'
+        '[net_dev.lan]\ntype = "tap"\ninterface = "tap0"\nbridge = "br0"\n'
+        + VIONA.replace("dev.n", "dev.o").replace("0.5.0", "0.7.0")
+        + NIC.replace("dev.n", "dev.p").replace("0.5.0", "0.8.0")
+        + 'net_dev = "out"\n[net_dev.out]\ntype = "user"\nhost = true\nforward = ["2222:22", "udp 53"]\n'
+    )
+    spec = load(file)
+    assert spec.backends == {
+        "n-network": UserNetwork(),
+        "lan": Tap(interface="tap0", bridge="br0"),
+        "o-network": Tap(interface="net0"),
+        "out": UserNetwork(forward=("2222:22", "udp 53"), host=True),
+    }
+    card = next(device for device in spec.devices if device.name == "m")
+    assert card == VirtioNic(
+        name="m", backend="lan", pci_path=PciPath(0, 6, 0), queues=2, mac="02:00:00:00:00:01", mtu=9000,
+        own_address_only=True,
+    )  # fmt: skip

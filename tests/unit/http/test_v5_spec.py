@@ -40,6 +40,17 @@ def blob(content: str, **more: Any) -> dict[str, Any]:
     return {"type": "blob_storage_backend", "component": {"base64": content, "readonly": False, **more}}
 
 
+def nic(backend: str, device: int = 5) -> dict[str, Any]:
+    return {
+        "type": "virtio_nic",
+        "component": {"backend_id": backend, "interface_id": ID, "pci_path": pci(device)},
+    }
+
+
+def network(vnic: str) -> dict[str, Any]:
+    return {"type": "virtio_network_backend", "component": {"vnic_name": vnic}}
+
+
 def order(*devices: str) -> dict[str, Any]:
     return {"type": "boot_settings", "component": {"order": [{"id": device} for device in devices]}}
 
@@ -115,6 +126,21 @@ FULL = spec(
         spec(extensions={"boot": KERNEL, "hypervisor_interface": "none"}),
         spec({"d": disk("b"), "b": file(workers=None)}),
         spec({"d": disk("b"), "b": file(workers=8)}),
+        spec({"n": nic("b"), "b": network("net0")}),
+        spec({"n": nic("b"), "b": network("")}),
+        spec(
+            {"n": nic("b"), "b": network("")},
+            extensions={
+                "boot": KERNEL,
+                "nics": {"n": {"mac": "02:00:00:00:00:01", "mtu": 1400, "own_address_only": True}},
+                "networks": {"b": {"type": "user", "forward": ["2222:22"], "host": True}},
+            },
+        ),
+        spec(
+            {"n": nic("b"), "b": network("tap0")},
+            extensions={"boot": KERNEL, "networks": {"b": {"type": "tap", "bridge": "br0"}}},
+        ),
+        spec({"n": nic("b"), "b": network("")}, extensions={"boot": KERNEL, "networks": {"b": {"type": "tap"}}}),
         spec({"boot_settings": order()}),
         spec(smbios=SMBIOS),
         hyper_v(),
@@ -266,7 +292,6 @@ def test_any_spec_comes_back(ours: model.Spec) -> None:
 
 UNAVAILABLE = {
     "nvme_disk": {"backend_id": "b", "pci_path": pci(4), "serial_number": [0] * 20},
-    "virtio_nic": {"backend_id": "b", "interface_id": ID, "pci_path": pci(4)},
     "pci_pci_bridge": {"downstream_bus": 1, "pci_path": pci(4)},
     "soft_npu_pci_port": {"pci_path": pci(4)},
     "soft_npu_port": {"backend_id": "b", "link_name": "l"},
@@ -274,12 +299,13 @@ UNAVAILABLE = {
     "p9fs": {"chunk_size": 65536, "pci_path": pci(4), "source": "/", "target": "t"},
     "migration_failure_injector": {"fail_exports": 1, "fail_imports": 1},
     "crucible_storage_backend": {"readonly": False, "request_json": "{}"},
-    "virtio_network_backend": {"vnic_name": "v"},
     "dlpi_network_backend": {"vnic_name": "v"},
 }
 
 
 AVAILABLE = {
+    "virtio_nic",
+    "virtio_network_backend",
     "virtio_disk",
     "boot_settings",
     "file_storage_backend",
@@ -368,6 +394,25 @@ def test_what_is_not_available_is_parsed_and_refused_by_name(kind: str) -> None:
             "extensions/boot/initrd",
         ),
         (spec(extensions={}), "extensions/boot"),
+        (spec({"n": nic("b"), "b": network("a/b")}), "components/b/component/vnic_name"),
+        (spec({"n": nic("b"), "b": file()}), "components/n/component/backend_id"),
+        (spec({"d": disk("b"), "b": network("x")}), "components/d/component/backend_id"),
+        (
+            spec({"n": nic("b"), "b": network("x")}, extensions={"boot": KERNEL, "networks": {"b": {"type": "user"}}}),
+            "components/b/component/vnic_name",
+        ),
+        *(
+            (spec({"n": nic("b"), "b": network("")}, extensions={"boot": KERNEL, **more}), f"extensions/{where}")
+            for more, where in (
+                ({"networks": {"b": {"type": "user", "forward": ["0"]}}}, "networks/b/forward"),
+                ({"networks": {"b": {"type": "tap", "bridge": ""}}}, "networks/b/bridge"),
+                ({"networks": {"c": {"type": "tap"}}}, "networks/c"),
+                ({"nics": {"n": {"queues": 9}}}, "nics/n/queues"),
+                ({"nics": {"n": {"mac": "x"}}}, "nics/n/mac"),
+                ({"nics": {"n": {"mtu": 1}}}, "nics/n/mtu"),
+                ({"nics": {"m": {}}}, "nics/m"),
+            )
+        ),
         (spec(extensions={"boot": KERNEL, "disks": {"d": {}}}), "extensions/disks/d"),
         (spec(extensions={"boot": KERNEL, "files": {"d": {}}}), "extensions/files/d"),
         (
@@ -392,7 +437,7 @@ def test_the_place_of_what_is_wrong(wire: dict[str, Any], pointer: str) -> None:
 
 
 def test_everything_wrong_is_told_at_once() -> None:
-    wire = spec({"n": {"type": "virtio_network_backend", "component": {"vnic_name": ""}}, "d": disk("b")})
+    wire = spec({"n": {"type": "dlpi_network_backend", "component": {"vnic_name": ""}}, "d": disk("b")})
     wire["board"]["cpus"] = 0
     with pytest.raises(FieldError) as caught:
         v5_spec.to_spec(msgspec.convert(wire, v5.InstanceSpec), "no name", name_at="/properties/name")
