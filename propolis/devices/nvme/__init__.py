@@ -1,0 +1,1 @@
+"""An NVMe 1.4 controller with one namespace."""
