@@ -4,6 +4,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from posix.uio cimport iovec
 
 from propolis.backends.block._engine cimport Engine, Io
+from propolis.devices._polling cimport Polling
 from propolis.devices.nvme._data cimport Command, Segments
 from propolis.devices.nvme._queues cimport SubmissionQueue
 
@@ -53,6 +54,7 @@ cdef class Namespace:
 
 cdef class IoQueue(SubmissionQueue):
     cdef Engine engine
+    cdef Polling polling
     cdef Namespace namespace
     cdef Request *requests
     cdef iovec *vectors
@@ -62,6 +64,7 @@ cdef class IoQueue(SubmissionQueue):
     cdef iovec bounce_vector
     cdef bint comparing
     cdef bint stopping                   # no new commands
+    cdef bint is_stuck                   # the next one has to wait for a completion, or for room for one
     cdef Request *free_list
     cdef Request *held_first             # completed, but there was no room to say so
     cdef Request *held_last
@@ -76,6 +79,8 @@ cdef class IoQueue(SubmissionQueue):
 
     cdef uint32_t service(self, uint32_t budget) noexcept nogil
     cdef void collect(self) noexcept nogil
+    cdef uint32_t _pass(self, uint32_t budget) noexcept nogil
+    cdef void _completed(self, Io *io) noexcept nogil
     cdef void _begin(self, const Command *command) noexcept nogil
     cdef int _prepare(self, Request *request, const Command *command) noexcept nogil
     cdef int _transfer(self, Request *request, const Command *command) noexcept nogil

@@ -11,6 +11,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from propolis._memory cimport ACCESS_READ, ACCESS_WRITE
 from propolis.backends.block._engine cimport IO_DISCARD, IO_FLUSH, IO_READ, IO_WRITE, IO_ZERO, MAX_EXTENTS
+from propolis.devices._polling cimport LOOK_ON, LOOK_YIELD, Look
 from propolis.devices.nvme._data cimport MAX_BYTES, MAX_SEGMENTS, equal, gather, map_data
 from propolis.devices.nvme._doorbells cimport Doorbells
 from propolis.devices.nvme._status cimport (
@@ -45,6 +46,7 @@ cdef enum:
 
     NSID = 1
     EVERY_NSID = 0xFFFFFFFF
+    COST_SHIFT = 14          # of the budget: that many bytes take about as long as a command itself
     WITH_ENGINE = -1         # not a status: the engine has it
 
 cdef packed struct WireRange:  # §6.7
@@ -79,9 +81,10 @@ cdef class Namespace:
 cdef class IoQueue(SubmissionQueue):
     """The I/O queue of this number; an engine of its own does what it is asked."""
 
-    def __cinit__(self, Doorbells doorbells, number: int, Engine engine, Namespace namespace) -> None:
+    def __cinit__(self, Doorbells doorbells, number: int, Engine engine, Polling polling, Namespace namespace) -> None:
         cdef uint32_t i
         self.engine = engine
+        self.polling = polling
         self.namespace = namespace
         # Pages of these that are never touched cost nothing.
         self.requests = <Request *>calloc(DEPTH, sizeof(Request))
@@ -111,41 +114,65 @@ cdef class IoQueue(SubmissionQueue):
 
     cdef uint32_t service(self, uint32_t budget) noexcept nogil:
         cdef uint32_t result = SERVICE_IDLE
-        cdef Command command
-        cdef bint is_stuck = False
+        cdef Look look
+        self.polling.begin()
         self.collect()
         if self.base == NULL:
             return SERVICE_IDLE
         while not self.stopping:
-            while budget > 0 and self.peek(&command):
-                # A completion, or room for one, brings us back. What was copied is copied again then.
-                is_stuck = self.free_list == NULL or self.held_first != NULL
-                if is_stuck or (command.opcode == OP_COMPARE and self.comparing):
-                    is_stuck = True
-                    break
-                budget -= 1
-                self.fetched += 1
-                self.consume()
-                self._begin(&command)
-            self.engine.commit()
-            if is_stuck:
-                break
+            budget = self._pass(budget)
             if budget == 0:
                 result = SERVICE_AGAIN
                 break
-            if not self.listen():
-                break
             budget -= 1  # also where the guest takes back what we just saw
+            self.cq.signal()
+            look = LOOK_ON
+            while look == LOOK_ON and (self.is_stuck or not self.offered()) and not self.engine.waiting():
+                look = self.polling.idle()
+            if look == LOOK_ON:
+                self.polling.found()
+            elif look == LOOK_YIELD:
+                result = SERVICE_AGAIN
+                break
+            elif self.is_stuck or not self.listen():
+                break  # what completes from now on rings
         self.cq.signal()
         return result
 
+    cdef uint32_t _pass(self, uint32_t budget) noexcept nogil:
+        """Completes what is done and begins what is offered; returns what is left of the budget."""
+        cdef Command command
+        cdef Request *request
+        cdef uint64_t cost
+        if self.engine.waiting():
+            self.collect()
+        self.is_stuck = False
+        while budget > 0 and self.peek(&command):
+            request = self.free_list
+            # What was copied is copied again when its turn has come.
+            self.is_stuck = request == NULL or self.held_first != NULL
+            self.is_stuck = self.is_stuck or (command.opcode == OP_COMPARE and self.comparing)
+            if self.is_stuck:
+                break
+            self.fetched += 1
+            self.consume()
+            self._begin(&command)
+            cost = 1 + (request.io.length >> COST_SHIFT)
+            budget -= <uint32_t>min(cost, <uint64_t>budget)
+            self._completed(self.engine.take())
+        self.engine.commit()
+        return budget
+
     cdef void collect(self) noexcept nogil:
-        cdef Io *io = self.engine.reap()
         cdef Request *request
         while self.held_first != NULL and self._post(self.held_first):
             request = self.held_first
             self.held_first = request.next
             self._free(request)
+        self._completed(self.engine.reap())
+
+    cdef void _completed(self, Io *io) noexcept nogil:
+        cdef Request *request
         while io != NULL:
             request = <Request *>io
             io = io.next
@@ -438,4 +465,5 @@ cdef class IoQueue(SubmissionQueue):
             "reads": self.reads, "writes": self.writes, "flushes": self.flushes, "discards": self.discards,
             "others": self.others, "bytes_read": self.bytes_read, "bytes_written": self.bytes_written,
             "errors": self.errors, "requests": self.fetched, "in_flight": self.active,
+            "polled": self.polling.hits, "sleeps": self.polling.sleeps,
         }

@@ -45,5 +45,6 @@ cdef class SubmissionQueue:
     # A copy of the next command, where there is one.
     cdef bint peek(self, Command *copy) noexcept nogil
     cdef void consume(self) noexcept nogil
+    cdef bint offered(self) noexcept nogil  # whether peek would find one; a hint for who does not listen yet
     # Asks for a doorbell with the next command; True when it has come already.
     cdef bint listen(self) noexcept nogil

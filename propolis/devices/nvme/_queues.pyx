@@ -125,18 +125,20 @@ cdef class SubmissionQueue:
         memcpy(copy, self.base + COMMAND_BYTES * <uint64_t>self.head, COMMAND_BYTES)
         return True
 
+    cdef bint offered(self) noexcept nogil:
+        cdef uint32_t tail = self.doorbells.tail(self.id)
+        return self.base != NULL and tail != self.head and tail < self.size
+
     cdef void consume(self) noexcept nogil:
         self.head += 1
         if self.head == self.size:
             self.head = 0
 
     cdef bint listen(self) noexcept nogil:
-        cdef uint32_t tail
         if self.base == NULL:
             return False
         self.doorbells.listen(self.id, self.head)
-        tail = self.doorbells.tail(self.id)
-        return tail != self.head and tail < self.size
+        return self.offered()
 
     # -- on the loop ---------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from propolis.backends.block._engine import Operation
+from propolis.devices._polling import Polling
 from propolis.devices.device import Device
 from propolis.devices.nvme import events
 from propolis.devices.nvme._controller import NvmeFunction
@@ -40,6 +41,7 @@ CC_SHUTDOWN = 3 << 14
 CC_NVM_COMMANDS = 0x3FF0  # MPS, AMS and CSS: of each we have what 0 stands for
 BUDGET = 256  # commands of one queue before everybody else on the loop has a turn
 AGAIN = 1  # of _io.pxd
+POLL_US = 50
 ADMIN_ERRORS = 16  # the last ones are kept
 RESET_PATIENCE = 10.0  # seconds until a reset that waits for the host is worth a line in the log
 HALT_PATIENCE = 5.0
@@ -48,8 +50,13 @@ HALT_PATIENCE = 5.0
 class Nvme(Device):
     """A disk. It owns the backend from the moment it is built, and closes it in halt."""
 
-    def __init__(self, vm: Vm, name: str, backend: BlockBackend, *, names: Names, queues: int = 1) -> None:
-        """`queues` is how many pairs there are for I/O."""
+    def __init__(
+        self, vm: Vm, name: str, backend: BlockBackend, *, names: Names, queues: int = 1, poll_us: int = POLL_US
+    ) -> None:
+        """`queues` is how many pairs there are for I/O.
+
+        `poll_us` is for how long a queue that was busy is looked at before it is waited for; 0 is not at all.
+        """
         super().__init__(name)
         self.backend = backend
         self.names = names
@@ -67,7 +74,7 @@ class Nvme(Device):
         )
         self._engines = [backend.engine() for _ in range(queues)]
         self.queues = [
-            IoQueue(self.function.doorbells, number, engine, self.namespace)
+            IoQueue(self.function.doorbells, number, engine, Polling(poll_us * 1000), self.namespace)
             for number, engine in enumerate(self._engines, 1)
         ]
         self._control = backend.engine()  # for flushes that no I/O queue asked for
@@ -274,8 +281,8 @@ class Nvme(Device):
         self._after_completions()
 
     def _on_completion(self, number: int) -> None:
-        if self._is_listening:
-            self._serve(number)  # there is room for another command now
+        if self._is_listening and self.function.is_bus_master:
+            self._serve(number)  # there is room for another command now, and more is likely to come
         else:
             self.queues[number - 1].complete()
             self._after_queue(number)
