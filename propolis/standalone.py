@@ -173,6 +173,7 @@ class Standalone:
 
             self._terminal = Terminal(escape=parse_escape(escape), name=spec.name)
         self._lifecycle: Lifecycle | None = None
+        self._socket: ConsoleSocket | None = None
         self._signals: list[signal.Signals] = []
         self._ended_by: signal.Signals | None = None
         self._is_attached = False  # the terminal shows the console
@@ -234,9 +235,9 @@ class Standalone:
         await port.open()
 
     async def _open_socket(self, hub: ConsoleHub, stack: AsyncExitStack) -> None:
-        socket = ConsoleSocket(SOCKET, hub)
-        await socket.open()
-        stack.push_async_callback(socket.close)
+        self._socket = ConsoleSocket(SOCKET, hub)
+        await self._socket.open()
+        stack.push_async_callback(self._socket.close)
 
     async def _run_lifecycle(self, hub: ConsoleHub) -> Record:
         assert self._lifecycle is not None
@@ -244,6 +245,8 @@ class Standalone:
             return self._lifecycle.record
         self._lifecycle.request(Request.RUN)
         record = await self._lifecycle.run()
+        if self._socket is not None:
+            await self._socket.stop_listening()  # those who had just connected see the history as well
         await hub.close()
         return record
 

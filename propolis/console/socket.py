@@ -16,6 +16,7 @@ MAX_CLIENTS = 64
 _WRITE_BUFFER = 65536
 _READ_BUFFER = 4096
 _BACKLOG = 64
+_TURNS = 5  # of the loop, until a connection that waits in the queue is known here
 
 
 class ConsoleSocket:
@@ -30,6 +31,7 @@ class ConsoleSocket:
         self._grace = grace
         self._connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
+        self._is_open = False
         self._all_gone: asyncio.Future[None] | None = None
 
     async def open(self) -> None:
@@ -38,6 +40,7 @@ class ConsoleSocket:
         try:
             loop = asyncio.get_running_loop()
             self._server = await loop.create_unix_server(lambda: _Connection(self), sock=listener)
+            self._is_open = True
         except BaseException as error:
             listener.close()
             await self.close()
@@ -45,12 +48,19 @@ class ConsoleSocket:
                 raise BackendError(f"open console socket {self.path!r}: {error.strerror or error}") from error
             raise
 
-    async def close(self) -> None:
-        """Stop listening, remove the name if it is still ours, let clients read what was sent; twice is fine."""
+    async def stop_listening(self) -> None:
+        """Remove the name, if it is still ours. Those who have connected by then are clients; twice is fine."""
+        await self._name.release()
         if self._server is not None:
+            for _ in range(_TURNS):  # else the kernel resets those that were not accepted yet
+                await asyncio.sleep(0)
             self._server.close()
             self._server = None
-        await self._name.release()
+
+    async def close(self) -> None:
+        """Stop listening, let clients read what was sent; twice is fine."""
+        await self.stop_listening()
+        self._is_open = False
         for connection in tuple(self._connections):
             connection.close()
         if self._connections:
@@ -68,7 +78,7 @@ class ConsoleSocket:
             if other.is_dead():
                 other.abort()
                 self._discard(other)
-        if len(self._connections) >= self._max_clients or not self._name.is_taken:
+        if len(self._connections) >= self._max_clients or not self._is_open:
             return False
         self._connections.add(connection)
         return True

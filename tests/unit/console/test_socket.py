@@ -218,6 +218,26 @@ async def test_the_end_does_not_wait_for_those_who_do_not(tmp_path: Path) -> Non
     assert not console.socket._connections
 
 
+@pytest.mark.parametrize("turns", range(7))
+async def test_the_end_reaches_those_who_have_just_connected(tmp_path: Path, turns: int) -> None:
+    """Whether the loop has come to accept them or not: a VM may end within milliseconds."""
+    console = Console(tmp_path / "ttya")
+    await console.socket.open()
+    console.hub.feed(b"power off")
+    clients = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+    for client in clients:
+        client.connect(console.socket.path)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await console.socket.stop_listening()
+    assert os.listdir(tmp_path) == []
+    await console.close()
+    for client in clients:
+        with client:
+            client.settimeout(TIMEOUT)
+            assert (client.recv(100), client.recv(100)) == (b"power off", b"")
+
+
 async def test_a_live_socket_is_refused(console: Console) -> None:
     other = Console(Path(console.socket.path))
     with pytest.raises(BusyError, match="another program listens there") as caught:
