@@ -43,6 +43,7 @@ from propolis.keeper_protocol import (
     Started,
     receive,
 )
+from propolis.names import NameLock
 from propolis.processes import Process
 from propolis.run_directory import MAX_WORDS, ExitRecord, RunDirectory
 from propolis.spec import FirmwareBoot, Network, Spec, VirtioNic, boot_files
@@ -141,8 +142,11 @@ def _keep(start: Start, directory: RunDirectory, request: int, daemon: socket.so
             _join(start.options.cgroup, pid)
     directory.take_lock()
     _wait_for_earlier_worker(directory)
-    directory.clear_run()
-    Keeper(start, directory, daemon, worker).run(request)
+    with contextlib.ExitStack() as stack:
+        if start.options.names is not None:
+            stack.enter_context(NameLock.acquire_free(start.spec.name, program="daemon", folder=start.options.names))
+        directory.clear_run()
+        Keeper(start, directory, daemon, worker).run(request)
 
 
 def read_start(request: int) -> Start:

@@ -107,6 +107,7 @@ class StartOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     hypervisor: str = "kvm"
     jail: msgspec.Raw = msgspec.Raw(b"{}")  # JailSettings of propolis.jail; by itself a full one
     cgroup: str | None = None  # the directory of the control group that keeper and worker join
+    names: str | None = None  # the folder in which the keeper holds the VM's name: propolis.names
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

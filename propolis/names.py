@@ -1,7 +1,7 @@
 """A running VM holds its name: by a lock that the kernel drops with the process, so nothing stale is ever in the way.
 
-The locked file says who holds it. Starting a VM ends the standalone VM of that name; what a server runs is for that
-server to end.
+The locked file says who holds it. A standalone VM that starts, or one of run-one, ends the standalone VM of that name;
+what a server runs is for that server to end, and the daemon ends nobody's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Program = Literal["standalone", "daemon", "run-one"]
 
 _RECORD_BYTES = 1024  # always written whole, in one call, so that a reader never finds half of it
 _RETRY = 0.01
-_WORDS = {"standalone": "a standalone VM", "daemon": "the daemon", "run-one": "propolis-server run-one"}
+_WORDS = {"standalone": "a standalone VM", "daemon": "the daemon's keeper", "run-one": "propolis-server run-one"}
 _LAST_WAIT = 5.0  # seconds that the kernel may take to bury a killed process
 
 
@@ -76,16 +76,18 @@ class NameLock:
         except BaseException:
             os.close(folder_fd)
             raise
-        lock = cls(name, folder_fd, file)
+        return cls(name, folder_fd, file)._of_this_process(program, socket)
+
+    @classmethod
+    def acquire_free(cls, name: str, *, program: Program, folder: str) -> NameLock:
+        """Take `name` now, and end nobody for it: BusyError where it is held."""
+        folder_fd = _open_folder(folder)
         try:
-            me = os.getpid()
-            started = start_time(me)
-            assert started is not None
-            lock._record(Holder(pid=me, start_time=started, program=program, socket=socket))
+            file = _take_free(folder_fd, name)
         except BaseException:
-            lock.release()
+            os.close(folder_fd)
             raise
-        return lock
+        return cls(name, folder_fd, file)._of_this_process(program, None)
 
     def release(self) -> None:
         """Give the name up; twice is fine."""
@@ -105,6 +107,18 @@ class NameLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+    def _of_this_process(self, program: Program, socket: str | None) -> Self:
+        """The lock, with a record of who holds it."""
+        try:
+            me = os.getpid()
+            started = start_time(me)
+            assert started is not None
+            self._record(Holder(pid=me, start_time=started, program=program, socket=socket))
+        except BaseException:
+            self.release()
+            raise
+        return self
 
     def _record(self, holder: Holder) -> None:
         record = msgspec.json.encode(holder)
@@ -137,6 +151,12 @@ def _open_folder(path: str) -> int:
     return folder
 
 
+def clear_stale(name: str, folder: str) -> None:
+    """Removes what a killed process left of its holding `name`; one that holds it now is left alone."""
+    with contextlib.suppress(BusyError, BackendError):
+        NameLock.acquire_free(name, program="daemon", folder=folder).release()
+
+
 def _file_name(name: str) -> str:
     return f"{name}.lock"
 
@@ -166,6 +186,22 @@ async def _take(folder: int, name: str, grace: float) -> int:
             else:
                 # Just taken or given up, so that the record is of an earlier holder; or shared with a child of it.
                 await asyncio.sleep(_RETRY)
+        finally:
+            if not is_taken:
+                os.close(file)
+
+
+def _take_free(folder: int, name: str) -> int:
+    """The locked file of `name`, unless another process has it."""
+    while True:
+        file = _open_file(folder, name)
+        is_taken = False
+        try:
+            if not _lock(file):
+                raise BusyError(f"VM {name!r} belongs to {_read(file) or 'another process'}")
+            is_taken = _is_named(file, folder, name)
+            if is_taken:
+                return file
         finally:
             if not is_taken:
                 os.close(file)

@@ -18,6 +18,7 @@ from propolis.instance import remove_run_directory
 from propolis.jail import JailMode, JailSettings
 from propolis.keeper_protocol import StartOptions
 from propolis.lifecycle import State
+from propolis.names import clear_stale
 from propolis.run_directory import RunDirectory
 from propolis.running_vm import RunningVm, find_running
 
@@ -136,6 +137,7 @@ class Runs:
             hypervisor=self._hypervisor,
             jail=msgspec.Raw(msgspec.json.encode(confined)),
             cgroup=group,
+            names=self._settings().run_directory,
         )
 
     def _watch(self, instance: Instance, running: RunningVm) -> None:
@@ -149,6 +151,8 @@ class Runs:
         """Waits for the end of a run, and sees to what follows."""
         end = await running.wait()
         reason = self._remove_group(instance) or end.reason
+        if end.keeper_died:
+            clear_stale(instance.name, self._settings().run_directory)
         last = _write_end(running.run_directory, reason)
         running.close()
         instance.running = None

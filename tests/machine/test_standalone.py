@@ -289,7 +289,9 @@ async def test_the_daemons_name_is_refused(tmp_path: Path) -> None:
     with await NameLock.acquire(tiny.NAME, program="daemon"):
         ended = await asyncio.to_thread(tiny.run, tmp_path)
     assert ended.returncode == 1
-    assert re.fullmatch(rf"propolis-standalone: VM '{tiny.NAME}' belongs to the daemon, process \d+\n", ended.stderr)
+    assert re.fullmatch(
+        rf"propolis-standalone: VM '{tiny.NAME}' belongs to the daemon's keeper, process \d+\n", ended.stderr
+    )
 
 
 # -- disks -------------------------------------------------------------------------------------------------------------

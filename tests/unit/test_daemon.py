@@ -13,7 +13,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from propolis.errors import PropolisError
+from propolis.errors import BusyError, PropolisError
+from propolis.names import NameLock
 from tests.unit.daemons import TIMEOUT, Server, server
 from tests.unit.http.serving import kernel
 
@@ -151,6 +152,40 @@ def file_limits(pid: int) -> list[str]:
     """How far this process may extend files, and may let itself: proc(5)."""
     lines = Path(f"/proc/{pid}/limits").read_text().splitlines()
     return next(line for line in lines if line.startswith("Max file size")).split()[3:5]
+
+
+async def test_a_vm_holds_its_name(tmp_path: Path) -> None:
+    """As long as it has processes, whatever becomes of the daemon; a standalone VM is refused then, and not ended."""
+    names = str(tmp_path / "run")
+    async with server(tmp_path) as one:
+        with await NameLock.acquire("web", folder=names):
+            reply = await one.create()
+            assert (reply.status, reply.body["error_code"]) == (409, "busy")
+            assert f"VM 'web' belongs to a standalone VM, process {os.getpid()}" in reply.body["message"]
+        assert (await one.create()).status == 201
+        for _ in range(2):
+            refused = f"VM 'web' belongs to the daemon's keeper, process {one.keeper()}$"
+            with pytest.raises(BusyError, match=refused):
+                await NameLock.acquire("web", folder=names)
+            await one.kill()
+            with pytest.raises(BusyError, match=refused):
+                await NameLock.acquire("web", folder=names)
+            await one.start()
+            await one.run()
+        await one.ask("PUT", "/instances/web/stop")
+        await one.until("web", "Stopped")
+        async with asyncio.timeout(TIMEOUT):
+            while (tmp_path / "run/web.lock").exists():  # noqa: ASYNC110 -- the keeper goes a little later
+                await asyncio.sleep(0.01)
+        with await NameLock.acquire("web", folder=names):
+            assert (await one.ask("PUT", "/instances/web/state", json="Run")).status == 409
+        await one.run()
+        os.kill(one.keeper(), signal.SIGKILL)
+        await one.until("web", "Failed")
+        async with asyncio.timeout(TIMEOUT):
+            while (tmp_path / "run/web.lock").exists():  # noqa: ASYNC110 -- there is nothing that tells
+                await asyncio.sleep(0.01)
+        assert await one.stop() == 0
 
 
 async def test_policies(tmp_path: Path) -> None:
@@ -326,6 +361,7 @@ async def test_kills_at_any_moment(tmp_path: Path, rounds: int) -> None:
             assert (await one.ask("DELETE", f"/instances/{name}?force=true")).status == 204
         assert await one.stop() == 0
     assert os.listdir(tmp_path / "state/vms") == []
+    assert os.listdir(tmp_path / "run") == ["vms"]
     assert os.listdir(tmp_path / "run/vms") == []
     assert one.processes() == []
 

@@ -13,7 +13,7 @@ import pytest
 
 from propolis import names, processes
 from propolis.errors import BackendError, BusyError, ConfigError
-from propolis.names import Holder, NameLock
+from propolis.names import Holder, NameLock, clear_stale
 
 TIMEOUT = 20
 
@@ -142,9 +142,33 @@ async def test_one_that_does_not_listen_is_killed(tmp_path: Path, start: Start) 
 
 async def test_what_the_daemon_runs_is_left_alone(tmp_path: Path, start: Start) -> None:
     process = await start(program="daemon")
-    with pytest.raises(BusyError, match=f"VM 'vm' belongs to the daemon, process {process.pid}"):
+    with pytest.raises(BusyError, match=f"VM 'vm' belongs to the daemon's keeper, process {process.pid}"):
         await take(tmp_path)
     assert process.returncode is None
+
+
+@pytest.mark.parametrize("program", ["standalone", "run-one"])
+async def test_the_daemon_ends_nobody(tmp_path: Path, start: Start, program: str) -> None:
+    process = await start(program=program)
+    with pytest.raises(BusyError, match=f"VM 'vm' belongs to .*{program}.*, process {process.pid}"):
+        NameLock.acquire_free("vm", program="daemon", folder=str(tmp_path))
+    clear_stale("vm", str(tmp_path))
+    assert process.returncode is None
+    assert os.listdir(tmp_path) == ["vm.lock"]
+    process.kill()
+    await ends(process)
+    with NameLock.acquire_free("vm", program="daemon", folder=str(tmp_path)), pytest.raises(BusyError):
+        NameLock.acquire_free("vm", program="daemon", folder=str(tmp_path))
+    assert os.listdir(tmp_path) == []
+
+
+async def test_what_a_killed_process_left_can_be_cleared(tmp_path: Path, start: Start) -> None:
+    process = await start(program="daemon")
+    process.kill()
+    await ends(process)
+    clear_stale("vm", str(tmp_path))
+    assert os.listdir(tmp_path) == []
+    clear_stale("vm", str(tmp_path / "gone" / "too"))
 
 
 async def test_the_same_name_twice_in_one_process(tmp_path: Path) -> None:
