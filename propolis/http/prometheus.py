@@ -209,7 +209,7 @@ def _of_workers(told: dict[str, Numbers]) -> list[Metric]:
         process.add_metric([vm, "user"], found.get("user_seconds", 0))
         process.add_metric([vm, "system"], found.get("system_seconds", 0))
         resident.add_metric([vm], found.get("max_resident_kib", 0) * 1024)
-        reboots.add_metric([vm], numbers.reboots)
+        reboots.add_metric([vm], _finite(numbers.reboots) or 0)
     return [
         exits,
         vcpu_time,
@@ -229,8 +229,19 @@ def _of_workers(told: dict[str, Numbers]) -> list[Metric]:
 
 def _counters(given: dict[str, object]) -> Iterator[tuple[str, float]]:
     for name, value in list(given.items())[:_MAX_PARTS]:
-        if isinstance(value, int | float) and math.isfinite(value) and _LABEL.fullmatch(name):
-            yield name, value
+        if (number := _finite(value)) is not None and _LABEL.fullmatch(name):
+            yield name, number
+
+
+def _finite(value: object) -> float | None:
+    """A number that a worker says, unless it is none, or larger than any."""
+    if not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _short(name: str) -> str:
