@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from propolis.errors import ConfigError, NotFoundError, PropolisError
 from propolis.http.client import Client
-from propolis.http.client_replies import ReplyError, UnreachableError
+from propolis.http.client_replies import ReplyError, UnreachableError, UntrustedError
 
 from .output import Output, fail
 
@@ -109,6 +109,9 @@ def _explained(error: PropolisError, options: Options) -> str:
     if isinstance(error, ReplyError):
         if error.pointer and error.pointer not in text:
             text = f"{error.pointer}: {text}"
+    elif isinstance(error, UntrustedError):
+        if options.ca_file is None:
+            text += "; --ca-file names the certificates to check it with"
     elif isinstance(error, UnreachableError) and not options.is_explicit:
         text += "; is propolis-server running? (-s HOST, --url or PROPOLIS_URL name another)"
     return text

@@ -85,6 +85,10 @@ class UnreachableError(PropolisError):
     status = 503
 
 
+class UntrustedError(UnreachableError):
+    """One answers with a certificate that is not trusted here."""
+
+
 class BadReplyError(PropolisError):
     """What answers is no such server."""
 

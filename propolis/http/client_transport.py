@@ -13,7 +13,7 @@ import aiohttp
 
 from propolis import __version__
 from propolis.errors import ConfigError
-from propolis.http.client_replies import UnreachableError, refuse
+from propolis.http.client_replies import UnreachableError, UntrustedError, refuse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator, Mapping
@@ -193,7 +193,9 @@ class Transport:
         except aiohttp.WSServerHandshakeError:
             raise
         except aiohttp.ClientConnectorCertificateError as error:
-            raise UnreachableError(f"connect to {self._address}: {error.certificate_error}") from error
+            problem = error.certificate_error
+            reason = getattr(problem, "verify_message", None) or problem
+            raise UntrustedError(f"connect to {self._address}: its certificate is not trusted: {reason}") from error
         except aiohttp.ClientConnectorError as error:
             reason = error.os_error.strerror or error.os_error
             raise UnreachableError(f"connect to {self._address}: {reason}") from error
