@@ -1,6 +1,7 @@
 """The daemon under what clients and hosts do to it: requests hidden in others, names in plenty, full disks."""
 
 import asyncio
+import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
@@ -113,7 +114,7 @@ async def test_no_room_for_definitions(tmp_path: Path, small_disk: Path) -> None
         await one.create("web")
         await one.run()
         filler = small_disk / "filler"
-        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
         reply = await one.create("other")
