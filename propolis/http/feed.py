@@ -138,7 +138,8 @@ class Feed:
 
     async def _get(self, request: web.Request) -> web.StreamResponse:
         after = _after(request)
-        number = self._last if after is None else min(after, self._last)
+        # A number that is yet to come is of an earlier daemon, before the host's clock was set back.
+        number = self._last if after is None else after if after <= self._last else 0
         if request.headers.get("Upgrade", "").lower() == "websocket":
             return await self._websocket(request, number)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
