@@ -1,4 +1,4 @@
-"""The daemon's log: a line for each record, as text for people or JSON for programs, with the fields it was given.
+"""Logs: a line for each record, of the daemon as text for people or JSON for programs, with the fields it was given.
 
 Nothing that a client or a guest chose can end a line or reach the terminal that shows it.
 """
@@ -50,6 +50,13 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info and record.exc_info[0] is not None:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, default=str)
+
+
+class LineFormatter(logging.Formatter):
+    """As the given format says, for programs that serve one VM."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 -- logging's name
+        return _plain(super().formatMessage(record))
 
 
 def _time(record: logging.LogRecord) -> str:

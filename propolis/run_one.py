@@ -25,6 +25,7 @@ from propolis.http import v5, v5_spec
 from propolis.http.app import make_app, serve
 from propolis.keeper import LocalKeeper
 from propolis.lifecycle import Request
+from propolis.logs import LineFormatter
 from propolis.names import NameLock
 from propolis.spec import Boot, DirectBoot, FirmwareBoot
 from propolis.virtual_machine import VirtualMachine
@@ -52,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Serves until a signal ends it; returns the exit status."""
-    logging.basicConfig(level=options.log_level.upper(), format=LOG_FORMAT)
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter(LOG_FORMAT))
+    logging.basicConfig(level=options.log_level.upper(), handlers=[handler])
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(options))
@@ -153,7 +156,7 @@ class _LogKeeper(logging.Handler):
 
     def __init__(self, history: ConsoleHistory) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter(LOG_FORMAT))
+        self.setFormatter(LineFormatter(LOG_FORMAT))
         self._history = history
 
     def emit(self, record: logging.LogRecord) -> None:

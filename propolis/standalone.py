@@ -26,6 +26,7 @@ from propolis.display.screen import Screen
 from propolis.errors import ConfigError, PropolisError, StateError
 from propolis.keeper import LocalKeeper
 from propolis.lifecycle import GuestEvent, Lifecycle, Record, Request, State
+from propolis.logs import LineFormatter
 from propolis.machine import Machine
 from propolis.names import NameLock
 from propolis.spec import FirmwareBoot
@@ -86,11 +87,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _fill_standard_descriptors()
         options = arguments().parse_args(argv)
-        logging.basicConfig(
-            level=options.log_level.upper(),
-            format="%(asctime)s.%(msecs)03d %(levelname)s %(message)s",
-            datefmt="%H:%M:%S",
-        )
+        handler = logging.StreamHandler()
+        handler.setFormatter(LineFormatter("%(asctime)s.%(msecs)03d %(levelname)s %(message)s", "%H:%M:%S"))
+        logging.basicConfig(level=options.log_level.upper(), handlers=[handler])
         log.debug("imports done")
         spec = standalone_config.load(options.config)
         standalone = Standalone(spec, console=options.console, escape=options.escape)

@@ -4,10 +4,11 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from propolis import logs
+from propolis import logs, standalone
 
 NASTY = "a\nb\x1b[31m\u202e\r\0"
 
@@ -52,6 +53,18 @@ def test_json() -> None:
     assert (first["level"], first["logger"], first["vm"], first["count"]) == ("info", "some.module", "web", 3)
     assert (first["message"], first["reason"]) == (f"created {NASTY}", NASTY)
     assert "ValueError" in second["exception"]
+
+
+def test_a_standalone_vm_s_terminal_is_not_its_guest_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the guest writes to its debug port is in the log, and does nothing to the terminal that shows it."""
+    logging.getLogger().handlers.clear()
+    (tmp_path / "kernel").touch()
+    (tmp_path / "vm.toml").write_text('[main]\nname = "vm"\ncpus = 1\nmemory = 64\nkernel = "kernel"\n')
+    assert standalone.main([str(tmp_path / "vm.toml"), "--check", "--log-level", "debug"]) == 0
+    standalone._log_debug_port(NASTY.encode("latin-1", "replace") + b"\x9b31m end")
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[-1].endswith(r" DEBUG debug port: a\nb\x1b[31m?\r\x00\x9b31m end")
+    assert all(line.isprintable() for line in shown)
 
 
 def test_levels() -> None:
