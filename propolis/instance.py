@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from propolis.errors import NotFoundError, PropolisError
 from propolis.lifecycle import State
+from propolis.names import clear_stale
 from propolis.run_directory import RunDirectory
 from propolis.state_file import StateRecord
 
@@ -125,7 +126,9 @@ class Instance:
 
 
 def remove_run_directory(path: str) -> None:
-    """What is known of a VM that is no more. What cannot be removed is logged."""
+    """What is known of a VM that is no more, beside the folder of names. What cannot be removed is logged."""
+    folder, name = os.path.split(path)
+    clear_stale(name, os.path.dirname(folder))  # its keeper may have been killed before anybody watched it
     try:
         RunDirectory.remove(path)
     except (PropolisError, OSError) as error:

@@ -80,7 +80,7 @@ ARROWS: dict[str, set[str]] = {
         "errors",
     },
     "restarts": {"background", "instance", "lifecycle", "state_file", "errors"},
-    "instance": {"lifecycle", "run_directory", "running_vm", "state_file", "store", "errors"},
+    "instance": {"lifecycle", "names", "run_directory", "running_vm", "state_file", "store", "errors"},
     "host_files": {"spec", "errors"},
     "background": set(),
     "run_one": {
