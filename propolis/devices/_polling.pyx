@@ -32,7 +32,7 @@ cdef class Polling:
         if self.asleep:
             self.asleep = False
             self.window = self.limit if at - self.quiet_since < WAKE_UP * self.limit else 0
-        self.quiet_since = at
+            self.quiet_since = at  # and not with each turn: a moment may be longer than that
         self.turn_end = at + TURN
 
     cdef void found(self) noexcept nogil:

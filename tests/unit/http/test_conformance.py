@@ -115,7 +115,10 @@ async def test_the_daemon(tmp_path: Path, rounds: int) -> None:
 
         def revive() -> None:
             assert put(f"{examiner.url}/instances/web", one.body("web")) in (200, 201)
-            assert put(f"{examiner.url}/instances/web/state", "Run") == 204
+            deadline = time.monotonic() + TIMEOUT
+            while put(f"{examiner.url}/instances/web/state", "Run") != 204:  # a stop that was asked for is under way
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
 
         await asyncio.to_thread(examiner.examine, "", revive)
         assert " error " not in one.log
