@@ -3,6 +3,7 @@
 import os
 from contextlib import suppress
 
+from propolis.atomic_file import HALF_WRITTEN
 from propolis.disk_image import open_image
 from propolis.errors import BackendError, ImageError
 
@@ -22,7 +23,7 @@ def open_nvram(path: str, template: str | None) -> int:
 def _make(path: str, template: str) -> None:
     """Whole and on the disk before it has its name; a file that appears there meanwhile stays.
 
-    Before that it has none (open(2), O_TMPFILE): where this process is killed, nothing is left to be cleared away.
+    Until then it is called NAME.new. One that a process left which was killed is made anew.
     """
     try:
         fd = os.open(template, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -31,16 +32,20 @@ def _make(path: str, template: str) -> None:
     except OSError as error:
         raise ImageError(f"open nvram_template {template!r}: {error.strerror}") from error
     folder, name = os.path.split(os.path.abspath(path))
+    new = name + HALF_WRITTEN
     try:
         directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fd = os.open(".", os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=directory)
-            with open(fd, "wb") as file:
+            with suppress(FileNotFoundError):
+                os.unlink(new, dir_fd=directory)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            with open(os.open(new, flags, 0o600, dir_fd=directory), "wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(fd)
-                with suppress(FileExistsError):  # by linkat, as it follows links only where it has a directory
-                    os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=directory, dst_dir_fd=directory)
+                os.fsync(file.fileno())
+            with suppress(FileExistsError):
+                os.link(new, name, src_dir_fd=directory, dst_dir_fd=directory)
+            os.unlink(new, dir_fd=directory)
             os.fsync(directory)
         finally:
             os.close(directory)

@@ -168,7 +168,7 @@ ARROWS: dict[str, set[str]] = {
     "mapped_file": {"errors"},
     "processes": set(),
     "disk_image": {"errors"},
-    "nvram_file": {"disk_image", "errors"},
+    "nvram_file": {"atomic_file", "disk_image", "errors"},
     "host_network": {"spec", "errors"},
     # deciding
     # handlers see the VM and its lifecycle, never a device
